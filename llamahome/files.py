@@ -1,0 +1,135 @@
+"""Atomic, durable writes: a file or folder is there complete, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llamahome.errors import StorageError
+
+_TEMPORARY = ".tmp-"
+_DELETED = ".del-"
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file through a temporary name in the same folder. Raises: StorageError."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}")
+    with storage_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON atomically."""
+    write_atomic(path, json.dumps(content, indent=2, sort_keys=False, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def publish_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill; it becomes `path` when the block ends well and vanishes when it does not.
+
+    Every file is on disk before the rename. An existing `path` is replaced. Raises: StorageError.
+    """
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            sync_tree(temporary)
+            remove_folder(path)
+            temporary.rename(path)
+            sync_folder(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that no half of it is ever seen under its name."""
+    if not path.exists():
+        return
+    doomed = path.with_name(f".{path.name}{_DELETED}{os.getpid()}")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what writers that no longer run have left behind in `folder`."""
+    for path in folder.glob(".*"):
+        for mark in (_TEMPORARY, _DELETED):
+            _, found, pid = path.name.rpartition(mark)
+            if found and pid.isdigit() and not _runs(int(pid)):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        sync_folder(path)
+    sync_folder(folder)
+
+
+def sync_folder(path: Path) -> None:
+    """fsync of a folder (or file): its entries are on disk afterwards."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system or a writer says about a full or failing disk into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write: {error.strerror or error}", where=str(path), fix=_fix(error)) from error
+    except Exception as error:
+        # safetensors and torch report a full disk in their own types.
+        text = str(error)
+        if "os error" in text or "inline_container" in text or "No space left" in text:
+            raise StorageError(f"cannot write: {text}", where=str(path), fix="free some space") from error
+        raise
+
+
+def _fix(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
+            return "free some space or choose another folder"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return "choose a folder that you may write to"
+        case _:
+            return "check the disk"
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,24 @@
+"""The face of the kernels: each operation by device and dtype.
+
+On a CPU attention runs ATen's flash kernel sample by sample and the rest is plain PyTorch. Each operation stands in
+`kernels/` at the top of the repository, its reference beside it, and is installed as `llamahome.kernels.<file>`.
+"""
+
+from __future__ import annotations
+
+from llamahome.kernels.attention import varlen_attention, varlen_attention_reference
+from llamahome.kernels.loss import (
+    IGNORE_INDEX,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    token_statistics,
+)
+
+__all__ = [
+    "IGNORE_INDEX",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
+    "token_statistics",
+    "varlen_attention",
+    "varlen_attention_reference",
+]
