@@ -1,0 +1,1 @@
+"""Models: found, checked, loaded, adapted and exported."""
