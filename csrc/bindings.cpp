@@ -1,0 +1,245 @@
+// The Python face: types in, errors out. Arrays are never converted, sizes are checked below, the GIL is released.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <filesystem>
+#include <mutex>
+#include <span>
+
+#include "batch_reader.h"
+#include "crc32c.h"
+#include "packing.h"
+#include "sample_order.h"
+#include "token_writer.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace llamahome {
+namespace {
+
+template <typename T, std::size_t Dims = 1>
+using Array = nb::ndarray<T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>;
+template <typename T>
+using NumpyArray = nb::ndarray<nb::numpy, T, nb::ndim<1>, nb::c_contig>;
+
+using Ids = Array<const std::int64_t>;
+using NoGil = nb::call_guard<nb::gil_scoped_release>;
+
+template <typename A>
+auto as_span(const A& array) {
+  return std::span(array.data(), array.size());
+}
+
+// str, bytes or os.PathLike, in the file system's encoding.
+std::string file_system_path(nb::handle path) {
+  PyObject* bytes = nullptr;
+  if (!PyUnicode_FSConverter(path.ptr(), &bytes)) throw nb::python_error();
+  const nb::object owner = nb::steal(bytes);
+  return std::string(PyBytes_AsString(bytes), static_cast<std::size_t>(PyBytes_Size(bytes)));
+}
+
+// Two threads may hold the same writer, and neither holds the GIL.
+class SharedWriter {
+ public:
+  SharedWriter(nb::handle path, std::uint32_t token_width) : writer_(file_system_path(path), token_width) {}
+
+  void append(const Array<const std::uint32_t>& ids, const Array<const bool>& trained, const Ids& lengths,
+              const Array<const std::uint64_t>& sources) {
+    if (sources.size() != lengths.size() || trained.size() != ids.size())
+      throw std::invalid_argument("arrays of unequal size");
+    std::uint64_t total = 0;
+    for (const std::int64_t length : as_span(lengths)) {
+      if (length < 1 || static_cast<std::uint64_t>(length) > ids.size() - total)
+        throw std::invalid_argument("the lengths do not add up to the tokens");
+      total += static_cast<std::uint64_t>(length);
+    }
+    if (total != ids.size()) throw std::invalid_argument("the lengths do not add up to the tokens");
+    const std::lock_guard lock(mutex_);
+    std::size_t at = 0;
+    for (std::size_t i = 0; i < lengths.size(); ++i) {
+      const auto length = static_cast<std::size_t>(lengths.data()[i]);
+      writer_.append(as_span(ids).subspan(at, length), as_span(trained).subspan(at, length), sources.data()[i]);
+      at += length;
+    }
+  }
+
+  std::uint32_t finish() {
+    const std::lock_guard lock(mutex_);
+    return writer_.finish();
+  }
+
+  template <typename Get>
+  std::uint64_t get(Get get) {
+    const std::lock_guard lock(mutex_);
+    return get(writer_);
+  }
+
+ private:
+  std::mutex mutex_;
+  TokenFileWriter writer_;
+};
+
+NumpyArray<std::int64_t> to_numpy(std::vector<std::int64_t>&& values) {
+  auto* kept = new std::vector<std::int64_t>(std::move(values));
+  nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<std::int64_t>*>(p); });
+  return NumpyArray<std::int64_t>(kept->data(), {kept->size()}, owner);
+}
+
+void raise_damaged(const DamagedFile& error) {
+  try {
+    const nb::object path = nb::steal(PyUnicode_DecodeFSDefault(error.path.c_str()));
+    const nb::object type = nb::module_::import_("llamahome.errors").attr("DataError");
+    const nb::object where = nb::str("{}: byte {}").attr("format")(path, error.offset);
+    PyErr_SetObject(type.ptr(), type(error.what(), "where"_a = where, "fix"_a = "prepare the data again").ptr());
+  } catch (nb::python_error& failure) {
+    failure.restore();
+  }
+}
+
+void translate(const std::exception_ptr& error, void*) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const DamagedFile& e) {
+    raise_damaged(e);
+  } catch (const std::filesystem::filesystem_error& e) {
+    errno = e.code().value();
+    PyErr_SetFromErrnoWithFilename(PyExc_OSError, e.path1().c_str());
+  }
+}
+
+void bind_reader(nb::module_& m) {
+  nb::class_<BatchReader>(m, "BatchReader", "Reads batches from the shards of a token store; thread-safe.")
+      .def(
+          "__init__",
+          [](BatchReader* self, const std::vector<nb::object>& paths, bool mapped) {
+            std::vector<std::string> names;
+            for (const nb::object& path : paths) names.push_back(file_system_path(path));
+            new (self) BatchReader(names, mapped ? ReadMode::kMap : ReadMode::kRead);
+          },
+          "paths"_a, "mapped"_a = true)
+      .def_prop_ro("num_documents", &BatchReader::num_documents)
+      .def_prop_ro("num_tokens", &BatchReader::num_tokens)
+      .def_prop_ro("num_trained", &BatchReader::num_trained)
+      .def(
+          "shards",
+          [](const BatchReader& self) {
+            nb::list shards;
+            for (const auto& file : self.files()) {
+              const Header& h = file->header();
+              shards.append(nb::make_tuple(h.num_documents, h.num_tokens, h.num_trained, h.token_width, h.max_token,
+                                           h.file_size, file->header_crc()));
+            }
+            return shards;
+          },
+          nb::sig("def shards(self) -> list[tuple[int, int, int, int, int, int, int]]"),
+          "Per shard: documents, tokens, trained tokens, token width, largest id, bytes, checksum of the header.")
+      .def(
+          "lengths",
+          [](const BatchReader& self, const Ids& ids, const Array<std::uint32_t>& out) {
+            self.lengths(as_span(ids), as_span(out));
+          },
+          "ids"_a.noconvert(), "out"_a.noconvert(), NoGil())
+      .def(
+          "trained_counts",
+          [](const BatchReader& self, const Ids& ids, const Array<std::uint32_t>& out) {
+            self.trained_counts(as_span(ids), as_span(out));
+          },
+          "ids"_a.noconvert(), "out"_a.noconvert(), NoGil())
+      .def(
+          "sources",
+          [](const BatchReader& self, const Ids& ids, const Array<std::uint64_t>& out) {
+            self.sources(as_span(ids), as_span(out));
+          },
+          "ids"_a.noconvert(), "out"_a.noconvert(), NoGil())
+      .def(
+          "pack",
+          [](const BatchReader& self, const Ids& ids, const Array<std::int64_t>& input_ids,
+             const Array<std::int64_t>& labels, const Array<std::int64_t>& position_ids,
+             const Array<std::int32_t>& cu_seqlens) {
+            return self.pack(as_span(ids), as_span(input_ids), as_span(labels), as_span(position_ids),
+                             as_span(cu_seqlens));
+          },
+          "ids"_a.noconvert(), "input_ids"_a.noconvert(), "labels"_a.noconvert(), "position_ids"_a.noconvert(),
+          "cu_seqlens"_a.noconvert(), NoGil(), "Lays documents end to end; returns the number of trained tokens.")
+      .def(
+          "rows",
+          [](const BatchReader& self, const Ids& rows, const Array<std::int64_t, 2>& input_ids,
+             const Array<std::int64_t, 2>& labels) {
+            if (input_ids.shape(0) != rows.size() || labels.shape(0) != rows.size() ||
+                input_ids.shape(1) != labels.shape(1))
+              throw std::invalid_argument("the buffers need one row for each row asked for");
+            return self.rows(as_span(rows), input_ids.shape(1), as_span(input_ids), as_span(labels));
+          },
+          "rows"_a.noconvert(), "input_ids"_a.noconvert(), "labels"_a.noconvert(), NoGil(),
+          "Fixed-width rows of the stream of all tokens; returns the number of trained tokens.")
+      .def(
+          "prefetch", [](BatchReader& self, const Ids& ids) { self.prefetch(as_span(ids)); }, "ids"_a.noconvert(),
+          NoGil())
+      .def(
+          "prefetch_rows",
+          [](BatchReader& self, const Ids& rows, std::uint64_t width) { self.prefetch_rows(as_span(rows), width); },
+          "rows"_a.noconvert(), "width"_a, NoGil())
+      .def("verify", &BatchReader::verify, NoGil(), "Checks every byte of every shard.");
+}
+
+void bind_writer(nb::module_& m) {
+  nb::class_<SharedWriter>(m, "TokenFileWriter", "Writes one shard of a token store.")
+      .def(nb::init<nb::handle, std::uint32_t>(), "path"_a, "token_width"_a)
+      .def("append", &SharedWriter::append, "ids"_a.noconvert(), "trained"_a.noconvert(), "lengths"_a.noconvert(),
+           "sources"_a.noconvert(), NoGil(), "Adds documents that lie end to end in `ids` and `trained`.")
+      .def("finish", &SharedWriter::finish, NoGil(), "Makes the file durable; returns the checksum of its header.")
+      .def_prop_ro("num_documents",
+                   [](SharedWriter& s) { return s.get([](auto& w) { return w.header().num_documents; }); })
+      .def_prop_ro("num_tokens", [](SharedWriter& s) { return s.get([](auto& w) { return w.header().num_tokens; }); })
+      .def_prop_ro("num_trained", [](SharedWriter& s) { return s.get([](auto& w) { return w.header().num_trained; }); })
+      .def_prop_ro("file_size", [](SharedWriter& s) { return s.get([](auto& w) { return w.header().file_size; }); })
+      .def_prop_ro("index_bytes", [](SharedWriter& s) { return s.get([](auto& w) { return w.index_bytes(); }); });
+}
+
+void bind_order_and_packing(nb::module_& m) {
+  nb::class_<SampleOrder>(m, "SampleOrder", "A permutation of [0, size) fixed by (seed, epoch), in O(1) memory.")
+      .def(nb::init<std::uint64_t, std::uint64_t, std::uint64_t, bool>(), "size"_a, "seed"_a, "epoch"_a,
+           "shuffle"_a = true)
+      .def(
+          "fill",
+          [](const SampleOrder& self, std::uint64_t start, const Array<std::int64_t>& out) {
+            self.fill(start, as_span(out));
+          },
+          "start"_a, "out"_a.noconvert(), NoGil(), "Writes the samples at positions start, start + 1, ...");
+  m.def(
+      "plan_packing",
+      [](const Array<const std::uint32_t>& lengths, std::uint64_t budget) {
+        PackingPlan plan;
+        {
+          const nb::gil_scoped_release release;
+          plan = plan_packing(as_span(lengths), budget);
+        }
+        return nb::make_tuple(to_numpy(std::move(plan.order)), to_numpy(std::move(plan.bounds)));
+      },
+      "lengths"_a.noconvert(), "budget"_a,
+      nb::sig("def plan_packing(lengths: numpy.typing.NDArray[numpy.uint32], budget: int) -> "
+              "tuple[numpy.typing.NDArray[numpy.int64], numpy.typing.NDArray[numpy.int64]]"),
+      "Best-fit rows of whole documents: (order, bounds); row r is order[bounds[r]:bounds[r + 1]].");
+}
+
+}  // namespace
+}  // namespace llamahome
+
+NB_MODULE(_C, m) {
+  using namespace llamahome;
+  m.doc() = "Token store, sample order and packing in C++.";
+  nb::register_exception_translator(translate);
+  bind_reader(m);
+  bind_writer(m);
+  bind_order_and_packing(m);
+  m.def(
+      "crc32c",
+      [](nb::bytes data, bool portable) {
+        return portable ? crc32c_portable(data.data(), data.size()) : crc32c(data.data(), data.size());
+      },
+      "data"_a, "portable"_a = false, "CRC-32C of bytes; `portable` avoids the processor's instruction.");
+}

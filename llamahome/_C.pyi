@@ -1,0 +1,91 @@
+"""Token store, sample order and packing in C++."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy
+import numpy.typing
+from numpy.typing import NDArray
+
+
+class BatchReader:
+    """Reads batches from the shards of a token store; thread-safe."""
+
+    def __init__(self, paths: Sequence[object], mapped: bool = True) -> None: ...
+
+    @property
+    def num_documents(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_trained(self) -> int: ...
+
+    def shards(self) -> list[tuple[int, int, int, int, int, int, int]]:
+        """
+        Per shard: documents, tokens, trained tokens, token width, largest id, bytes, checksum of the header.
+        """
+
+    def lengths(self, ids: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+
+    def trained_counts(self, ids: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+
+    def sources(self, ids: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+
+    def pack(self, ids: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], input_ids: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], labels: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], position_ids: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], cu_seqlens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')]) -> int:
+        """Lays documents end to end; returns the number of trained tokens."""
+
+    def rows(self, rows: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], input_ids: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu')], labels: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu')]) -> int:
+        """
+        Fixed-width rows of the stream of all tokens; returns the number of trained tokens.
+        """
+
+    def prefetch(self, ids: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
+
+    def prefetch_rows(self, rows: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], width: int) -> None: ...
+
+    def verify(self) -> None:
+        """Checks every byte of every shard."""
+
+class TokenFileWriter:
+    """Writes one shard of a token store."""
+
+    def __init__(self, path: object, token_width: int) -> None: ...
+
+    def append(self, ids: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order='C', device='cpu', writable=False)], trained: Annotated[NDArray[numpy.bool_], dict(shape=(None,), order='C', device='cpu', writable=False)], lengths: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], sources: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
+        """Adds documents that lie end to end in `ids` and `trained`."""
+
+    def finish(self) -> int:
+        """Makes the file durable; returns the checksum of its header."""
+
+    @property
+    def num_documents(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_trained(self) -> int: ...
+
+    @property
+    def file_size(self) -> int: ...
+
+    @property
+    def index_bytes(self) -> int: ...
+
+class SampleOrder:
+    """A permutation of [0, size) fixed by (seed, epoch), in O(1) memory."""
+
+    def __init__(self, size: int, seed: int, epoch: int, shuffle: bool = True) -> None: ...
+
+    def fill(self, start: int, out: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None:
+        """Writes the samples at positions start, start + 1, ..."""
+
+def plan_packing(lengths: numpy.typing.NDArray[numpy.uint32], budget: int) -> tuple[numpy.typing.NDArray[numpy.int64], numpy.typing.NDArray[numpy.int64]]:
+    """
+    Best-fit rows of whole documents: (order, bounds); row r is order[bounds[r]:bounds[r + 1]].
+    """
+
+def crc32c(data: bytes, portable: bool = False) -> int:
+    """CRC-32C of bytes; `portable` avoids the processor's instruction."""

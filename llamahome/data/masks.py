@@ -1,0 +1,158 @@
+"""Chat templates: the rendered text and the spans of it that the assistant wrote, found by rendering.
+
+A trained span begins where the prompt of the turn ends (the template rendered up to the turn with its generation
+prompt) and reaches to the end of the turn's end token. White space that the template adds after that token is left
+out; if the template has no end token, the span is the whole turn. What a template appends to close a sample (Phi-3's
+`<|endoftext|>`) counts as the last turn's end.
+
+Templates that render a turn in another way once more turns follow (Qwen3 removes earlier reasoning) are no prefix of
+themselves. There `{% generation %}` marks decide if the template has them; else the turn is rendered twice with other
+contents, and what the two have in common around the difference is the template's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+from llamahome.data.schemas import Message, Sample
+from llamahome.data.watchdog import TimeLimit, Watchdog
+from llamahome.errors import ModelError
+
+Span = tuple[int, int]
+
+RENDER_SECONDS = 10.0
+# A rendered sample may be this much longer than its messages.
+GROWTH_FACTOR, GROWTH_CHARS = 100, 1 << 20
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Template:
+    """A chat template with its tokenizer's special tokens. Render inside `with template:`, which limits the time."""
+
+    def __init__(self, source: str, special_tokens: dict[str, object], added_tokens: Sequence[str], name: str) -> None:
+        """`name` is the tokenizer's, for messages."""
+        self.source, self.special_tokens, self.name = source, special_tokens, name
+        self._added = tuple(added_tokens)
+        longest_first = sorted(map(re.escape, self._added), key=len, reverse=True)
+        self._closing = re.compile(rf"\s*(?:{'|'.join(longest_first)})") if self._added else None
+        self._marked = bool(_GENERATION.search(source))
+        self._bare_prompt: bool | None = None  # the generation prompt lacks the turn's header
+
+    def __enter__(self) -> Self:
+        self._watchdog = Watchdog(RENDER_SECONDS).__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watchdog.__exit__(kind, error, trace)
+
+    def render(self, sample: Sample, *, find_spans: bool = True) -> tuple[str, list[Span]]:
+        """The text of a chat and its trained spans, in characters. Raises: ModelError that names the row."""
+        text = self._text(sample, sample.messages)
+        if not find_spans:
+            return text, []
+        turns = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
+        if self._bare_prompt is None:
+            self._bare_prompt = self._lacks_header(sample, turns[0])
+        spans = [self._prefix_span(sample, turn, text) for turn in turns]
+        if None in spans and self._marked:
+            return text, self._marked_spans(sample, text)
+        return text, [span or self._varied_span(sample, turn, text) for turn, span in zip(turns, spans, strict=True)]
+
+    def _prefix_span(self, sample: Sample, turn: int, text: str) -> Span | None:
+        """The span of a turn, or None where rendering fewer messages does not give a prefix of `text`."""
+        prompt = self._text(sample, sample.messages[:turn], prompt=True)
+        last = turn + 1 == len(sample.messages)
+        until = text if last else self._text(sample, sample.messages[: turn + 1])
+        if self._bare_prompt or not text.startswith(prompt) or not text.startswith(until):
+            return None
+        return len(prompt), self._end(text, len(prompt), len(until))
+
+    def _end(self, text: str, start: int, end: int) -> int:
+        """Leave out white space after the end token."""
+        turn = text[start:end].rstrip()
+        return start + len(turn) if turn.endswith(self._added) else end
+
+    def _marked_spans(self, sample: Sample, text: str) -> list[Span]:
+        _, [marks] = self._jinja(sample, sample.messages, return_assistant_tokens_mask=True)
+        ends = [self._end(text, start, end) for start, end in marks]
+        closed = [end if text[:end].endswith(self._added) else self._close(text, end) for end in ends]
+        return [(start, end) for (start, _), end in zip(marks, closed, strict=True)]
+
+    def _close(self, text: str, end: int) -> int:
+        """Take in an end token that follows directly, or after white space."""
+        found = self._closing.match(text, end) if self._closing else None
+        return found.end() if found else end
+
+    def _varied_span(self, sample: Sample, turn: int, text: str) -> Span:
+        head, tail = self._frame(sample, turn)
+        if len(head) + len(tail) > len(text) or not text.startswith(head) or not text.endswith(tail):
+            raise ModelError(
+                "the chat template renders this sample so that the assistant's words cannot be told from its own",
+                where=f"{self.name}, {sample.file}:{sample.line}",
+                fix="add {% generation %} marks to the template and name it in data.template, or train_on: all",
+            )
+        # A space before the first word is part of that word's token.
+        start = len(head.rstrip(" "))
+        return start, self._close(text, len(text) - len(tail))
+
+    def _frame(self, sample: Sample, turn: int) -> tuple[str, str]:
+        """What surrounds the content of a turn: the common ends of two renderings with other contents."""
+        one, two = (self._text(sample, _replaced(sample.messages, turn, content)) for content in ("0", "1"))
+        size = min(len(one), len(two))
+        head = next((i for i in range(size) if one[i] != two[i]), size)
+        tail = next((i for i in range(size - head) if one[-1 - i] != two[-1 - i]), size - head)
+        return one[:head], one[len(one) - tail :]
+
+    def _lacks_header(self, sample: Sample, turn: int) -> bool:
+        prompt = self._text(sample, sample.messages[:turn], prompt=True)
+        head, _ = self._frame(sample, turn)
+        return (
+            head.startswith(prompt)
+            and bool(head[len(prompt) :].strip())
+            and prompt == self._text(sample, sample.messages[:turn])
+        )
+
+    def _text(self, sample: Sample, messages: Sequence[Message], *, prompt: bool = False) -> str:
+        [text], _ = self._jinja(sample, messages, add_generation_prompt=prompt)
+        return text
+
+    def _jinja(
+        self, sample: Sample, messages: Sequence[Message], **options: bool
+    ) -> tuple[list[str], list[list[Span]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        work = partial(
+            render_jinja_template,
+            [messages],
+            tools=sample.tools,
+            chat_template=self.source,
+            **options,
+            **self.special_tokens,
+        )
+        try:
+            texts, marks = self._watchdog.run(work)
+        except TimeLimit:
+            raise self._error(f"runs for more than {RENDER_SECONDS:.0f} s", sample) from None
+        except Exception as error:  # a template may fail in any way
+            raise self._error(f"fails: {type(error).__name__}: {error}", sample) from error
+        size = sum(len(message["content"]) for message in messages)
+        if len(texts[0]) > GROWTH_FACTOR * size + GROWTH_CHARS:
+            raise self._error(f"makes {len(texts[0]):,} characters of {size:,}", sample)
+        return texts, marks
+
+    def _error(self, what: str, sample: Sample) -> ModelError:
+        return ModelError(
+            f"the chat template {what}",
+            where=f"{self.name}, {sample.file}:{sample.line}",
+            fix="mend the sample, or set data.template to another template",
+        )
+
+
+def _replaced(messages: Sequence[Message], turn: int, content: str) -> list[Message]:
+    return [*messages[:turn], {**messages[turn], "content": content}, *messages[turn + 1 :]]

@@ -1,0 +1,195 @@
+"""Samples to tokens: the chat template is rendered, tokenised once, and the tokens to train on are marked exactly.
+
+A token is trained when its first character lies in a trained span of the rendered text. A token that crosses the
+beginning of a span is therefore not trained, and one that crosses its end is. The spans come from `data.masks`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llamahome.data.masks import Span, Template
+from llamahome.data.schemas import PAIRS, Sample
+from llamahome.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from llamahome.config.schema import DataSettings
+
+logger = logging.getLogger(__name__)
+
+MAX_TEMPLATE_BYTES = 1 << 20
+NAMED = MappingProxyType(
+    {
+        "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+        " + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of one sample (uint32) and which of them are trained (bool); the first never is."""
+
+    ids: npt.NDArray[np.uint32]
+    trained: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A sample as text; `spans` are its trained characters. `closed` texts get the tokenizer's bos and an eos."""
+
+    text: str
+    spans: Sequence[Span]
+    closed: bool = False
+
+
+class Renderer:
+    """Renders and tokenises samples; holds a private copy of the tokenizer without truncation and padding."""
+
+    def __init__(self, tokenizer: Any, settings: DataSettings) -> None:
+        """`tokenizer` is a fast one of transformers. Raises: ModelError, ConfigError (`data.template`)."""
+        self.train_all = settings.train_on == "all"
+        self.name = str(tokenizer.name_or_path or type(tokenizer).__name__)
+        self.backend = _copy_backend(tokenizer, self.name)
+        self.bos, self.eos = _ends(self.backend, tokenizer.eos_token_id)
+        self.vocab_size = max(len(tokenizer), *(number + 1 for number in tokenizer.added_tokens_decoder), 1)
+        source = _template_source(tokenizer, settings.template, self.name)
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+        special = dict(tokenizer.special_tokens_map)
+        self.template = Template(source, special, added, self.name) if source else None
+        identity = (self.backend.to_str(), str(source), str(sorted(special.items())), f"{self.bos} {self.eos}")
+        self.backend.post_processor = None  # ByteLevel's would leave spaces out of the tokens' positions
+        self.fingerprint = hashlib.sha256("\0".join(identity).encode()).hexdigest()
+        self._said_plain = False
+
+    def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
+        """Tokens and trained marks of samples, in their order. Raises: ModelError that names the row."""
+        return self.tokenize(self.render(samples))
+
+    def render(self, samples: Sequence[Sample]) -> list[Rendered]:
+        """Samples as text. Raises: ModelError for a template that is missing, fails, or never ends."""
+        if self.template is None:
+            return [self._render_plain(sample) for sample in samples]
+        with self.template as template:
+            return [self._render_chat(sample, template) for sample in samples]
+
+    def _render_chat(self, sample: Sample, template: Template) -> Rendered:
+        if not sample.messages:
+            return _whole_text(sample)
+        text, spans = template.render(sample, find_spans=not self.train_all)
+        return Rendered(text, spans)
+
+    def _render_plain(self, sample: Sample) -> Rendered:
+        """Without a chat template: the text, or the prompt, a line break and the answer."""
+        if not sample.messages:
+            return _whole_text(sample)
+        if sample.schema not in PAIRS:
+            raise ModelError(
+                "the tokenizer has no chat template",
+                where=f"{self.name}, {sample.file}:{sample.line}",
+                fix=f"set data.template to {', '.join(NAMED)} or a Jinja file",
+            )
+        if not self._said_plain:
+            self._said_plain = True
+            logger.info("%s: no chat template; samples are prompt, line break, answer and end token", self.name)
+        *asked, answer = [str(message["content"]) for message in sample.messages]
+        prompt = "\n".join(asked) + "\n"
+        return Rendered(prompt + answer, [(len(prompt), len(prompt) + len(answer))], closed=True)
+
+    def tokenize(self, rendered: Sequence[Rendered]) -> list[Encoded]:
+        """Tokens of rendered samples."""
+        return self.mark(rendered, self.encode_texts(rendered))
+
+    def encode_texts(self, rendered: Sequence[Rendered]) -> list[Any]:
+        """`tokenizers.Encoding`s of the texts. Runs without Python's lock, so several threads may do it at once."""
+        encodings: list[Any] = self.backend.encode_batch([item.text for item in rendered], add_special_tokens=False)
+        return encodings
+
+    def mark(self, rendered: Sequence[Rendered], encodings: Sequence[Any]) -> list[Encoded]:
+        """Tokens with trained marks from what `encode_texts` gave."""
+        return [self._mark(item, encoding) for item, encoding in zip(rendered, encodings, strict=True)]
+
+    def _mark(self, item: Rendered, encoding: Any) -> Encoded:
+        ids: list[int] = encoding.ids
+        trained = np.full(len(ids), self.train_all, dtype=np.bool_)
+        for start, end in item.spans:
+            trained[first_token(encoding, start, item.text) : first_token(encoding, end, item.text)] = True
+        if item.closed:
+            ids = [*self.bos, *ids, *self.eos]
+            trained = np.pad(trained, (len(self.bos), len(self.eos)), constant_values=self.train_all)
+            trained[len(ids) - len(self.eos) :] = True
+        trained[:1] = False  # nothing predicts it
+        return Encoded(np.array(ids, dtype=np.uint32), trained)
+
+
+def first_token(encoding: Any, position: int, text: str) -> int:
+    """The index of the first token that begins at the character `position` or later."""
+    # Characters that a normaliser dropped belong to no token.
+    while position < len(text) and (token := encoding.char_to_token(position)) is None:
+        position += 1
+    if position >= len(text):
+        return len(encoding)
+    while token < len(encoding) and encoding.token_to_chars(token)[0] < position:
+        token += 1
+    return int(token)
+
+
+def _whole_text(sample: Sample) -> Rendered:
+    return Rendered(sample.text, [(0, len(sample.text))], closed=True)
+
+
+def _copy_backend(tokenizer: Any, name: str) -> Any:
+    from tokenizers import Tokenizer
+
+    if not tokenizer.is_fast:
+        fix = "use a model folder with a tokenizer.json"
+        raise ModelError("the tokenizer has no fast form, so positions in the text are unknown", where=name, fix=fix)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = bool(tokenizer.split_special_tokens)
+    return backend
+
+
+def _ends(backend: Any, eos: int | None) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer puts before a text, and those that end it (with eos, once)."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a", add_special_tokens=True).ids
+    at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    before, after = full[:at], full[at + len(bare) :]
+    if eos is not None and eos not in after:
+        after = [*after, eos]
+    return before, after
+
+
+def _template_source(tokenizer: Any, name: str, tokenizer_name: str) -> str | None:
+    if name in NAMED:
+        return NAMED[name]
+    if name != "auto":
+        return _read_template(Path(name).expanduser())
+    if not tokenizer.chat_template:
+        return None
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:  # several templates, none of them the default
+        raise ModelError(str(error), where=tokenizer_name, fix="set data.template to a Jinja file") from None
+
+
+def _read_template(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_TEMPLATE_BYTES:
+            raise ConfigError(f"larger than {MAX_TEMPLATE_BYTES:,} bytes", where=f"data.template: {path}")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        fix = f"name a Jinja file, or one of auto, {', '.join(NAMED)}"
+        raise ConfigError(f"cannot read the template {path}: {reason}", where="data.template", fix=fix) from None

@@ -1,0 +1,540 @@
+"""Every format is read as written, and every fault is told with its place."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llamahome.config import Config, DataSettings
+from llamahome.data import formats, sources
+from llamahome.data.formats import find_files, read_rows, read_source
+from llamahome.data.rows import Row
+from llamahome.data.schemas import SchemaReader
+from llamahome.errors import ConfigError, DataError
+
+
+def settings(**values) -> DataSettings:
+    return Config.load(None, {f"data.{name}": value for name, value in values.items()}).data
+
+
+def raises(error: DataError):
+    raise error
+
+
+def rows(*paths: Path, **values) -> list[Row]:
+    chosen = settings(**values)
+    return list(read_rows(find_files(list(paths), chosen), chosen, raises))
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def texts(found: list[Row]) -> list[object]:
+    return [row.fields["text"] for row in found]
+
+
+# Files that are read, and the (line, text) pairs in them.
+GOOD = {
+    "crlf.jsonl": (b'{"text": "a"}\r\n{"text": "b"}\r\n', [(1, "a"), (2, "b")]),
+    "bom.jsonl": (b'\xef\xbb\xbf{"text": "a"}\n', [(1, "a")]),
+    "blank.jsonl": (b'\n{"text": "a"}\n  \n\n{"text": "b"}', [(2, "a"), (5, "b")]),
+    "separator.jsonl": ('{"text": "a\u2028b\u2029\x85c"}\n{"text": "d"}\n', [(1, "a\u2028b\u2029\x85c"), (2, "d")]),
+    "array_in.jsonl": (b'[\n{"text": "a"},\n\n{"text": "b"}]', [(2, "a"), (4, "b")]),
+    "array.json": (b' [{"text": "a"},\n {"text": "b"}\n]\n', [(1, "a"), (2, "b")]),
+    "empty_array_beside.json": (
+        b'{"v": "data", "data": [{"text": "a"},\n{"text": "b"}], "n": 1}',
+        [(1, "a"), (2, "b")],
+    ),
+    "lines_in.json": (b'{"text": "a"}\n{"text": "b"}\n', [(1, "a"), (2, "b")]),
+    "one.json": (b'{\n "text": "a"\n}\n', [(1, "a")]),
+    "table.csv": (b'text,n\n"a, ""x""\n b",1\nNA,null\n', [(2, 'a, "x"\n b'), (4, "NA")]),
+    "bom.csv": (b"\xef\xbb\xbftext\r\na\r\n\r\nb\r\n", [(2, "a"), (4, "b")]),
+    "table.tsv": (b"text\tn\na,b\t1\n", [(2, "a,b")]),
+    "paragraphs.txt": (b"\none\ntwo\r\n\r\n \nthree", [(2, "one\ntwo"), (6, "three")]),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gz"])
+def test_good_files_are_read_as_written(tmp_path, name, zipped):
+    content, expected = GOOD[name]
+    content = content.encode() if isinstance(content, str) else content
+    path = write(tmp_path / (f"{name}.gz" if zipped else name), gzip.compress(content) if zipped else content)
+    found = rows(path)
+    assert [(row.line, row.fields["text"]) for row in found] == expected
+    assert {row.file for row in found} == {str(path)}
+
+
+def test_csv_values_stay_text(tmp_path):
+    path = write(tmp_path / "a.csv", "a,b,c,d\nNA,1,1.50,true\nnull,,nan,1e5\n")
+    assert [list(row.fields.values()) for row in rows(path)] == [
+        ["NA", "1", "1.50", "true"],
+        ["null", "", "nan", "1e5"],
+    ]
+
+
+def test_a_csv_field_may_be_longer_than_the_csv_module_allows(tmp_path):
+    path = write(tmp_path / "a.csv", f"text\n{'x' * 200_000}\n")
+    assert len(texts(rows(path))[0]) == 200_000
+
+
+def test_text_can_be_read_by_line_and_as_a_document(tmp_path):
+    path = write(tmp_path / "a.txt", "one\ntwo\n\nthree\n")
+    assert texts(rows(path, format="lines")) == ["one", "two", "three"]
+    assert texts(rows(path, format="document")) == ["one\ntwo\n\nthree"]
+
+
+def test_parquet_is_read_under_any_name(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a", None], "n": [1, 2]}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_bytes((tmp_path / "a.parquet").read_bytes())
+    expected = [{"text": "a", "n": 1}, {"text": None, "n": 2}]
+    for name in ("a.parquet", "a.jsonl"):
+        assert [row.fields for row in rows(tmp_path / name)] == expected
+
+
+BAD = {
+    # name: (content, what the message says, where it says it)
+    "cut.jsonl": (b'{"text": "a"}\n{"text": "b', "the last line may be cut off: invalid JSON at column 10", ":2"),
+    "comma.jsonl": (b'{"text": "a",}\n', "invalid JSON at column 14: Expecting property name", ":1"),
+    "two.jsonl": (b'{"text": "a"} {"text": "b"}\n', "invalid JSON at column 15: there is more after the row", ":1"),
+    "nan.jsonl": (b'{"text": "a"}\n{"text": NaN}\n', "NaN is not JSON", ":2"),
+    "twice.jsonl": (b'{"text": "a", "text": "b"}\n', "the key 'text' is there twice", ":1"),
+    "digits.jsonl": (b'{"text": ' + b"9" * 5000 + b"}\n", "4300", ":1"),
+    "list.jsonl": (b'{"text": "a"}\n["a"]\n', "the row is a list, not an object", ":2"),
+    "string.jsonl": (b'"a"\n', "the row is text, not an object", ":1"),
+    "null.jsonl": (b"null\n", "the row is null, not an object", ":1"),
+    "utf8.jsonl": (
+        b'{"text": "a"}\n{"text": "\xff"}\n',
+        "invalid UTF-8: 0xff at byte 11 of the line, byte 24 of the file",
+        ":2",
+    ),
+    "control.jsonl": (b'{"text": "a\x00"}\n', "invalid JSON at column 12: Invalid control character", ":1"),
+    "deep.jsonl": (b"[" * 100_000 + b"\n", "nested deeper than 100 levels", ":1"),
+    "deep_row.jsonl": (b'{"a": ' + b"[" * 101 + b"]" * 101 + b"}\n", "nested deeper than 100 levels", ":1"),
+    "utf16.jsonl": ('{"text": "a"}\n'.encode("utf-16"), "looks like UTF-16", ""),
+    "utf16_no_bom.csv": ("text\na\n".encode("utf-16-le"), "looks like UTF-16", ""),
+    "empty.jsonl": (b"", "the file is empty", ""),
+    "blank.jsonl": (b"\n  \n\n", "the file is empty", ""),
+    "bom_only.json": (b"\xef\xbb\xbf", "the file is empty", ""),
+    "empty_array.json": (b"[]", "the file is empty", ""),
+    "open.json": (b'[{"text": "a"},\n{"text": "b"}\n', "the file ends before ']'", ":3"),
+    "comma.json": (b'[{"text": "a"},\n]', "a value must follow the comma", ":2"),
+    "no_comma.json": (b'[{"text": "a"}\n {"text": "b"}]', "invalid JSON at column 2: expected ','", ":2"),
+    "inside.json": (b'[{"text": "a"},\n{"text":\n b}]', "invalid JSON at column 2", ":3"),
+    "tail.json": (b'[{"text": "a"}]\n x', "there is more after the end", ":2"),
+    "lists.json": (b'{"a": [{"text": "x"}], "b": [{"text": "y"}]}', "several lists: 'a' and 'b'", ""),
+    "utf8.json": (b'[\n{"text": "\xff"}]', "invalid UTF-8: 0xff at byte 11 of the line, byte 12 of the file", ":2"),
+    "number.json": (b"5", "the row is a number, not an object", ":1"),
+    "semicolon.csv": (b"instruction;output\na;b\n", "one column 'instruction;output'", ":1"),
+    "ragged.csv": (b"a,b\n1,2\n1,2,3\n", "the row has 3 columns where the header has 2", ":3"),
+    "short.csv": (b'a,b\n"x\ny",2\n1\n', "the row has 1 columns where the header has 2", ":4"),
+    "quote.csv": (b'a,b\n1,2\n"3,4\n5,6\n', "a quote is opened and never closed", ":3"),
+    "after_quote.csv": (b'a,b\n1,"x"y\n', "invalid CSV", ":2"),
+    "header.csv": (b"a,b,a\n1,2,3\n", "the column 'a' is there twice", ":1"),
+    "no_header.csv": (b",\n1,2\n", "the header is empty", ":1"),
+    "utf8.csv": (b"text\na\n\xe9\n", "invalid UTF-8: 0xe9 at byte 1", ":3"),
+    "torn.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 9)[:-12], "damaged after", ""),
+    "flipped.jsonl.gz": (gzip.compress(b'{"text": "a"}\n')[:-6] + b"\0" * 6, "damaged after", ""),
+    "torn.parquet": (b"PAR1 and nothing else", "damaged after 0 rows", ""),
+    "other.bin": (b"x", "unknown format '.bin'", ""),
+    "bz2.jsonl": (bz2.compress(b'{"text": "a"}\n'), "invalid UTF-8", ":1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_told_with_their_place(tmp_path, name):
+    content, what, where = BAD[name]
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError) as caught:
+        rows(path)
+    assert what in caught.value.what
+    assert caught.value.where == f"{path}{where}"
+    assert caught.value.fix
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+
+
+def test_the_delimiter_is_suggested_and_works(tmp_path):
+    path = write(tmp_path / "a.csv", "instruction;output\na;b\n")
+    with pytest.raises(DataError, match=r"set data\.delimiter: ';'"):
+        rows(path)
+    assert rows(path, delimiter=";")[0].fields == {"instruction": "a", "output": "b"}
+
+
+def test_a_missing_file_is_told_with_its_absolute_path_and_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        rows(Path("data/missing.jsonl"))
+    assert str(tmp_path / "data" / "missing.jsonl") in caught.value.what
+    assert str(tmp_path) in caught.value.where
+
+
+def test_bad_rows_are_values_so_that_reading_goes_on(tmp_path):
+    lines = ['{"text": "a"}', "broken", '{"text": "b"}', '{"text": NaN}', "[]", '{"text": "c"}']
+    path = write(tmp_path / "a.jsonl", "\n".join(lines) + "\n")
+    chosen = settings()
+    [source] = find_files(path, chosen)
+    found = list(read_source(source, chosen))
+    assert [row.line if isinstance(row, Row) else row.where for row in found] == [
+        1, f"{path}:2", 3, f"{path}:4", f"{path}:5", 6,
+    ]  # fmt: skip
+
+
+def test_csv_goes_on_after_a_bad_row(tmp_path):
+    path = write(tmp_path / "a.csv", b"text,n\na,1\nb\n\xff,2\nc,3\n")
+    chosen = settings()
+    found = list(read_source(find_files(path, chosen)[0], chosen))
+    assert [row.line if isinstance(row, Row) else row.where for row in found] == [2, f"{path}:3", f"{path}:4", 5]
+
+
+@pytest.mark.parametrize("name", ["long.jsonl", "long.csv", "long.txt"])
+def test_a_long_row_is_passed_over_in_bounded_memory(tmp_path, name):
+    """A row of 64 MB with 8 KiB allowed and 40 MB of data segment to spare."""
+    path = tmp_path / name
+    head = b"text\n" if name.endswith(".csv") else b""
+    with path.open("wb") as file:
+        file.write(head)
+        for _ in range(64):
+            file.write(b"x" * 1_000_000)
+        file.write(b'\n\n{"text": "after"}\n')
+    code = f"""
+import resource
+from llamahome.config import Config
+from llamahome.data.formats import find_files, read_source
+chosen = Config.load(None, {{"data.max_row_bytes": "8KiB"}}).data
+[source] = find_files({str(path)!r}, chosen)
+used = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + 40_000_000,) * 2)
+for row in read_source(source, chosen):
+    print(row)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "the row has 64,000,001 bytes, more than data.max_row_bytes: 8,192" in out
+    assert "after" in out
+
+
+def test_an_unclosed_quote_does_not_swallow_the_file(tmp_path):
+    path = write(tmp_path / "a.csv", 'text\n"open\n' + "x\n" * 10_000)
+    chosen = settings(max_row_bytes=1000)
+    first = next(row for row in read_source(find_files(path, chosen)[0], chosen))
+    assert isinstance(first, DataError)
+    assert first.where == f"{path}:2"
+
+
+def test_folders_and_globs_are_searched_in_a_fixed_order(tmp_path):
+    for name in ("b.jsonl", "a.csv", "sub/c.jsonl", ".hidden/d.jsonl", "notes.md", "sub/.e.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, "text\nx\n" if name.endswith("csv") else f'{{"text": "{name}"}}\n')
+    assert texts(rows(tmp_path)) == ["x", "b.jsonl", "sub/c.jsonl"]
+    assert texts(rows(tmp_path / "**" / "*.jsonl")) == ["b.jsonl", "sub/c.jsonl"]
+    assert texts(rows(tmp_path / "b.jsonl", tmp_path)) == ["b.jsonl", "x", "sub/c.jsonl"], "no file twice"
+
+
+def test_a_folder_without_data_and_a_glob_without_match_are_errors(tmp_path):
+    write(tmp_path / "readme.md", "x")
+    with pytest.raises(DataError, match="no data files"):
+        rows(tmp_path)
+    with pytest.raises(DataError, match="no such file or folder"):
+        rows(tmp_path / "*.jsonl")
+
+
+def test_held_out_data_in_a_folder_is_pointed_at(tmp_path, caplog):
+    for name in ("train.jsonl", "test.jsonl"):
+        write(tmp_path / name, '{"text": "a"}\n')
+    rows(tmp_path)
+    assert [name in caplog.text for name in ("test.jsonl looks like held-out", "train.jsonl looks")] == [True, False]
+
+
+def test_paths_may_have_any_characters(tmp_path):
+    path = tmp_path / "dätä [1] 東京" / "a b.jsonl"
+    path.parent.mkdir()
+    write(path, '{"text": "a"}\n')
+    assert texts(rows(path)) == ["a"]
+
+
+@pytest.mark.parametrize("change", ["append", "truncate", "replace"])
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, change):
+    path = write(tmp_path / "a.jsonl", '{"text": "a"}\n' * 10_000)
+    chosen = settings()
+    reader = read_rows(find_files(path, chosen), chosen, raises)
+    next(reader)
+    if change == "append":
+        with path.open("a") as file:
+            file.write('{"text": "b"}\n')
+    elif change == "truncate":
+        os.truncate(path, 0)
+    else:
+        other = write(tmp_path / "b.jsonl", '{"text": "c"}\n' * 10_000)
+        other.replace(path)
+    with pytest.raises(DataError, match="the file changed while it was being read"):
+        list(reader)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "unreadable"])
+def test_what_is_no_readable_file_is_refused(tmp_path, kind, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "unreadable":
+        path.symlink_to("/proc/self/mem")
+    else:
+        path.mkdir()
+    with pytest.raises(DataError):
+        rows(path)
+
+
+def test_a_hub_id_without_a_network_fails_quickly(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "_hub_answers", lambda: False)
+    with pytest.raises(DataError, match="no dataset 'org/name': the hub cannot be reached"):
+        list(read_rows(find_files("org/name", settings()), settings(), raises))
+
+
+def test_a_hub_dataset_is_read(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(formats, "open_hub_dataset", lambda name: table if name == "org/name:dev" else None)
+    found = list(read_rows(find_files("org/name:dev", settings()), settings(), raises))
+    assert [(row.line, row.fields) for row in found] == [(1, {"text": "a"}), (2, {"text": "b"})]
+
+
+# Plugins
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_format.py"
+
+
+def test_the_example_plugin_reads_its_format(tmp_path):
+    path = write(tmp_path / "faq.qa", "Q: What is 1+1?\nA: 2\n\nQ: And 2+2?\nA: 4\n")
+    found = rows(path, plugins=[str(EXAMPLE)])
+    assert [row.fields for row in found] == [
+        {"question": "What is 1+1?", "answer": "2"},
+        {"question": "And 2+2?", "answer": "4"},
+    ]
+    with pytest.raises(DataError, match=r"unknown format '\.qa'"):
+        rows(path)
+
+
+PLUGINS = {
+    "raises": ("def read(path):\n    yield {'text': 'a'}\n    raise KeyError('x')", "failed: KeyError: 'x'", ":2"),
+    "at_once": ("def read(path):\n    return 1 / 0", "failed: ZeroDivisionError", ":1"),
+    "nonsense": ("def read(path):\n    yield {'text': 'a'}\n    yield ['a']", "gave a list instead of a dict", ":2"),
+    "none": ("def read(path):\n    yield None", "gave null instead of a dict", ":1"),
+    "keys": ("def read(path):\n    yield {1: 'a'}", "gave an object instead of a dict with text keys", ":1"),
+    "number": ("def read(path):\n    return 5", "failed: TypeError", ":1"),
+    "silent": ("def read(path):\n    while True:\n        pass\n    yield", "gave no row for", ":1"),
+    "stubborn": (
+        "def read(path):\n    while True:\n        try:\n            while True: pass\n"
+        "        except Exception: pass\n    yield",
+        "gave no row for",
+        ":1",
+    ),
+    "endless": ("def read(path):\n    while True:\n        yield {'text': 'x' * 1000}", "seems never to end", None),
+}
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_faults_of_a_plugin_name_the_plugin(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(formats, "PLUGIN_SECONDS", 0.3)
+    monkeypatch.setattr(formats, "PLUGIN_TEXT_BYTES", 1 << 20)
+    code, what, where = PLUGINS[name]
+    plugin = write(tmp_path / f"{name}.py", f'EXTENSIONS = {{".foo"}}\n{code}\n')
+    path = write(tmp_path / "a.foo", "x")
+    with pytest.raises(DataError) as caught:
+        rows(path, plugins=[str(plugin)])
+    assert caught.value.what.startswith(f"plugin {name!r}")
+    assert what in caught.value.what
+    if where:
+        assert caught.value.where == f"{path}{where}"
+
+
+def test_plugins_that_cannot_be_used_are_errors(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "a"}\n')
+    broken = write(tmp_path / "broken.py", "import no_such_module_anywhere\n")
+    half = write(tmp_path / "half.py", "EXTENSIONS = {'foo'}\ndef read(path): ...\n")
+    other = write(tmp_path / "metric.py", "def metric(): ...\n")
+    with pytest.raises(DataError, match="plugin 'broken' cannot be loaded: ModuleNotFoundError"):
+        rows(path, plugins=[str(broken)])
+    with pytest.raises(DataError, match="plugin 'half' has not EXTENSIONS"):
+        rows(path, plugins=[str(half)])
+    with pytest.raises(ConfigError, match="no such Python file"):
+        rows(path, plugins=[str(tmp_path / "gone.py")])
+    assert texts(rows(path, plugins=[str(other)])) == ["a"], "a plugin of another kind is none of ours"
+
+
+def test_installed_plugins_are_found(tmp_path, monkeypatch):
+    class Point:
+        name, value, dist = "foo", "foo_package", None
+
+        def load(self):
+            class Module:
+                EXTENSIONS = (".foo",)
+                read = staticmethod(lambda path: [{"text": path.read_text()}])
+
+            return Module
+
+    monkeypatch.setattr(sources, "entry_points", lambda group: [Point()] if group == "llamahome.formats" else [])
+    assert texts(rows(write(tmp_path / "a.foo", "hi"))) == ["hi"]
+
+
+def test_a_format_can_be_chosen_and_must_exist(tmp_path):
+    path = write(tmp_path / "data.log", '{"text": "a"}\n')
+    assert texts(rows(path, format="jsonl")) == ["a"]
+    with pytest.raises(ConfigError, match="unknown format 'xml'"):
+        rows(path, format="xml")
+
+
+# Schemas
+
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SCHEMAS = {
+    "messages": ({"messages": CHAT}, CHAT),
+    "parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}]},
+                CHAT[1],
+            ]
+        },
+        [{"role": "user", "content": "q!"}, CHAT[1]],
+    ),
+    "conversations": ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, CHAT),
+    "instruction": ({"instruction": "q", "output": "a"}, CHAT),
+    "input": ({"instruction": "q", "input": "x", "output": "a"}, [{"role": "user", "content": "q\n\nx"}, CHAT[1]]),
+    "prompt": ({"prompt": "q", "completion": "a", "system": "s"}, [{"role": "system", "content": "s"}, *CHAT]),
+    "question": ({"question": "q", "answer": "a", "text": "ignored"}, CHAT),
+    "text": ({"text": "q"}, []),
+}
+
+
+def sample(content: dict, **values):
+    return SchemaReader(settings(**values)).read(Row(content, "f.jsonl", 7))
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schemas_are_found_and_read(name):
+    fields, messages = SCHEMAS[name]
+    found = sample(fields)
+    assert found.messages == messages
+    assert found.text == ("q" if name == "text" else "")
+
+
+def turns(*roles: str) -> dict:
+    return {"messages": [{"role": role, "content": "x"} for role in roles]}
+
+
+BAD_ROWS = {
+    "type": ({"instruction": 5, "output": "a"}, "'instruction' is a number, expected text", ":instruction"),
+    "bool": ({"prompt": True, "completion": "a"}, "'prompt' is true or false", ":prompt"),
+    "null": ({"question": "q", "answer": None}, "'answer' is null", ":answer"),
+    "empty": ({"text": "  "}, "'text' is empty", ":text"),
+    "nul": ({"text": "a\0b"}, "a NUL character at position 2", ":text"),
+    "surrogate": ({"text": "ab\ud800"}, "a lone surrogate U+D800 at position 3", ":text"),
+    "surrogate in a message": (
+        {"messages": [CHAT[0], {"role": "assistant", "content": "\udfff"}]},
+        "a lone surrogate U+DFFF",
+        ":messages[1].content",
+    ),
+    "unknown": ({"q": "x", "a": "y"}, "the fields match no schema: 'q', 'a'", ""),
+    "not a list": ({"messages": "hi"}, "'messages' is text, expected a list", ":messages"),
+    "no messages": ({"messages": []}, "'messages' is empty", ":messages"),
+    "not an object": ({"messages": ["hi"]}, "a message is text", ":messages[0]"),
+    "role": (turns("user", "bot"), "unknown role 'bot'", ":messages[1].role"),
+    "no role": ({"messages": [{"content": "x"}]}, "unknown role None", ":messages[0].role"),
+    "from": ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown 'from': 'alien'", ":conversations[0].from"),
+    "order": (turns("user", "user", "assistant"), "the role 'user' after 'user'", ":messages[1].role"),
+    "begin": (turns("assistant", "user"), "the role 'assistant' begins", ":messages[0].role"),
+    "late system": (turns("user", "assistant", "system"), "the role 'system' after 'assistant'", ":messages[2].role"),
+    "unanswered": (turns("user", "assistant", "user"), "the last message is from 'user'", ":messages[2]"),
+    "content": ({"messages": [{"role": "user", "content": 3}]}, "'content' is a number", ":messages[0].content"),
+    "empty answer": (
+        {"messages": [CHAT[0], {"role": "assistant", "content": ""}]},
+        "the assistant's message is empty",
+        ":messages[1].content",
+    ),
+    "image": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "a part of kind 'image': only text can be trained",
+        ":messages[0].content[0]",
+    ),
+    "tools": ({"messages": CHAT, "tools": "x"}, "'tools' is text, expected a list", ":tools"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_name_row_and_field(name):
+    fields, what, where = BAD_ROWS[name]
+    with pytest.raises(DataError) as caught:
+        sample(fields)
+    assert what in caught.value.what
+    assert caught.value.where == f"f.jsonl:7{where}"
+
+
+def test_a_file_has_one_schema_and_files_may_differ():
+    reader = SchemaReader(settings())
+    reader.read(Row({"messages": CHAT}, "a.jsonl", 1))
+    reader.read(Row({"text": "x"}, "b.jsonl", 1))
+    with pytest.raises(
+        DataError, match=r"the row has the schema instruction, but the file began with messages in line 1; a\.jsonl:2"
+    ):
+        reader.read(Row({"instruction": "q", "output": "a"}, "a.jsonl", 2))
+    with pytest.raises(DataError, match="the field 'text' is missing"):
+        reader.read(Row({"body": "x"}, "b.jsonl", 2))
+
+
+def test_a_bad_first_row_does_not_set_the_schema():
+    reader = SchemaReader(settings())
+    with pytest.raises(DataError):
+        reader.read(Row({"text": ""}, "a.jsonl", 1))
+    assert reader.read(Row({"prompt": "q", "completion": "a"}, "a.jsonl", 2)).schema == "prompt"
+
+
+def test_columns_can_be_named():
+    fields = {"Frage": "q", "Antwort": "a"}
+    assert sample(fields, fields={"question": "Frage", "answer": "Antwort"}).messages == CHAT
+    with pytest.raises(DataError, match=r"no column 'Answer' for data\.fields\.answer; there are 'Frage', 'Antwort'"):
+        sample(fields, fields={"question": "Frage", "answer": "Answer"})
+    with pytest.raises(ConfigError, match="unknown field 'qestion'"):
+        sample(fields, fields={"qestion": "Frage"})
+
+
+def test_a_csv_without_header_is_explained():
+    with pytest.raises(DataError, match="the first line must name the columns"):
+        SchemaReader(settings()).read(Row({"What is 2+2?": "x", "4": "y"}, "a.csv", 2))
+
+
+def test_tool_calls_may_stand_without_content():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}], "name": None}
+    chat = [CHAT[0], call, {"role": "tool", "content": ""}, CHAT[1]]
+    found = sample({"messages": chat, "tools": [{"name": "f"}]})
+    assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    assert found.tools == [{"name": "f"}]
+
+
+def test_canonical_bytes_tell_contents_apart_and_ignore_the_schema():
+    same = [SCHEMAS[name][0] for name in ("messages", "conversations", "instruction", "question")]
+    assert len({sample(fields).canonical() for fields in same}) == 1
+    others = [
+        {"text": "q"},
+        {"messages": CHAT, "tools": [1]},
+        {"prompt": "qa", "completion": "a"},
+        SCHEMAS["prompt"][0],
+    ]
+    assert len({sample(fields).canonical() for fields in [same[0], *others]}) == 5
+
+
+def test_unicode_escapes_and_pairs_are_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", json.dumps({"text": "😀 é"}) + "\n")
+    assert texts(rows(path)) == ["😀 é"]

@@ -1,0 +1,489 @@
+"""Rows to stores: what is kept, what is counted, what is refused, and when the cache is used."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamahome.config import Config
+from llamahome.data import prepare as prepare_module
+from llamahome.data.cache import Cache
+from llamahome.data.pipeline import split
+from llamahome.data.prepare import check, is_held_out, prepare
+from llamahome.data.report import DataReport, pack_place, unpack_place
+from llamahome.data.rows import Row
+from llamahome.data.schemas import Sample, SchemaReader
+from llamahome.data.store import TokenStore
+from llamahome.data.templates import Encoded, Renderer
+from llamahome.errors import DataError, ModelError, StorageError
+
+
+def config(**values) -> Config:
+    return Config.load(
+        None, {"data.validation_split": 0.0} | {key.replace("__", "."): value for key, value in values.items()}
+    )
+
+
+def pair(question: str, answer: str = "It is four.") -> dict:
+    return {"prompt": question, "completion": answer}
+
+
+def jsonl(path: Path, rows) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    return jsonl(tmp_path / "data.jsonl", [pair(f"What is {i}?", f"It is {i}.") for i in range(40)])
+
+
+def documents(store: TokenStore) -> list[tuple[list[int], list[bool]]]:
+    return [(ids.tolist(), trained.tolist()) for ids, trained in map(store.document, range(len(store)))]
+
+
+def test_stores_hold_the_renderers_tokens_and_their_places(data, tiny_tokenizer):
+    prepared = prepare(data, tiny_tokenizer, config=config())
+    samples = [SchemaReader(config().data).read(Row(pair(f"What is {i}?", f"It is {i}."), "", i)) for i in range(40)]
+    expected = Renderer(tiny_tokenizer, config().data).encode(samples)
+    assert documents(prepared.train) == [(item.ids.tolist(), item.trained.tolist()) for item in expected]
+    places = [prepared.report.place(unpack_place(prepared.train.source(i))) for i in range(40)]
+    assert places == [f"{data}:{i + 1}" for i in range(40)]
+    report = prepared.report
+    assert (report.rows, report.train.samples, report.validation.samples, report.schemas) == (40, 40, 0, {0: "prompt"})
+    assert report.train.tokens == prepared.train.num_tokens
+    assert report.train.trained_tokens == prepared.train.num_trained
+    assert report.longest[0] == max(prepared.train.lengths())
+    assert sum(report.lengths.values()) == 40
+    assert prepared.validation is None
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_workers_do_not_change_the_tokens(data, tiny_tokenizer, workers, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    prepared = prepare(
+        data, tiny_tokenizer, config=config(data__num_workers=workers, cache__dir=f"{data.parent}/{workers}")
+    )
+    again = prepare(data, tiny_tokenizer, config=config())
+    assert documents(prepared.train) == documents(again.train)
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+
+
+def tokenised(caplog) -> int:
+    count = caplog.text.count("tokenising ")
+    caplog.clear()
+    return count
+
+
+def test_the_second_time_comes_from_the_cache(data, tiny_tokenizer, caplog, tmp_path):
+    caplog.set_level("INFO")
+    first = prepare(data, tiny_tokenizer, config=config())
+    assert tokenised(caplog) == 1
+    moved = data.rename(tmp_path / "moved.jsonl")
+    second = prepare(moved, copy.deepcopy(tiny_tokenizer), config=config(training__seed=1))
+    assert tokenised(caplog) == 0
+    assert second.train.fingerprint == first.train.fingerprint
+    assert second.report.files == [str(moved)]
+    assert second.report.place(second.report.longest[1]).startswith(f"{moved}:")
+
+
+def test_anything_that_changes_the_tokens_makes_them_anew(data, tiny_tokenizer, caplog):
+    caplog.set_level("INFO")
+    prepare(data, tiny_tokenizer, config=config())
+    tokenised(caplog)
+    changes = {
+        "data__max_length": 20, "data__train_on": "all", "data__overflow": "drop",
+        "data__validation_split": 0.5, "data__on_bad_row": "skip", "data__on_empty": "skip",
+        "data__max_row_bytes": 1000,
+    }  # fmt: skip
+    other_template = copy.deepcopy(tiny_tokenizer)
+    other_template.chat_template = "{{ '\n' }}" + tiny_tokenizer.chat_template
+    other_tokens = copy.deepcopy(tiny_tokenizer)
+    other_tokens.add_tokens(["What"])
+    for change, value in changes.items():
+        prepare(data, tiny_tokenizer, config=config(**{change: value}))
+        assert tokenised(caplog) == 1, change
+    for tokenizer in (other_template, other_tokens):
+        prepare(data, tokenizer, config=config())
+        assert tokenised(caplog) == 1
+    status = data.stat()
+    data.write_text(data.read_text().replace("It is 7", "It is 8"))
+    os.utime(data, ns=(status.st_atime_ns, status.st_mtime_ns))
+    prepared = prepare(data, tiny_tokenizer, config=config())
+    assert tokenised(caplog) == 1, "same size and time, other content"
+    assert "It is 8" in tiny_tokenizer.decode(prepared.train.document(7)[0].tolist())
+
+
+def test_a_file_that_changes_between_key_and_reading_is_noticed(data, tiny_tokenizer, monkeypatch):
+    key = prepare_module._Job.key
+
+    def change(job):
+        found = key(job)
+        data.write_text(data.read_text() + json.dumps(pair("x")) + "\n")
+        return found
+
+    monkeypatch.setattr(prepare_module._Job, "key", change)
+    with pytest.raises(DataError, match="the file changed while it was being read"):
+        prepare(data, tiny_tokenizer, config=config())
+    assert Cache.from_config(config()).entries() == []
+
+
+def damage(folder: Path, how: str) -> None:
+    shard = next(folder.glob("train/shard-*"))
+    content = bytearray(shard.read_bytes())
+    if how == "flip":
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    elif how == "truncate":
+        shard.write_bytes(content[:-3])
+    elif how == "gone":
+        shard.unlink()
+    elif how == "report":
+        (folder / "report.json").write_text('{"files": []')
+    else:
+        (folder / "report.json").write_text("{}")
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "gone", "report", "empty report"])
+@pytest.mark.parametrize("in_use", [False, True])
+def test_damaged_cache_entries_are_made_again(data, tiny_tokenizer, caplog, how, in_use):
+    good = prepare(data, tiny_tokenizer, config=config())
+    expected, folder = documents(good.train), good.train.folder.parent
+    if not in_use:
+        good.close()
+    damage(folder, how)
+    again = prepare(data, tiny_tokenizer, config=config())
+    assert documents(again.train) == expected
+    assert caplog.text.count("the cached tokens are damaged and are made again") == 1
+    assert (again.train.folder.parent == folder) is not in_use
+
+
+def test_an_unusable_cache_folder_costs_a_warning_only(data, tiny_tokenizer, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    prepared = prepare(data, tiny_tokenizer, config=config(cache__dir=str(tmp_path / "file")))
+    assert len(prepared.train) == 40
+    assert caplog.text.count("the cache is not used") == 1
+
+
+def test_tokens_can_be_written_to_a_folder(data, tiny_tokenizer, tmp_path):
+    output = tmp_path / "out" / "tokens"
+    prepared = prepare(data, tiny_tokenizer, config=config(), output=output)
+    assert len(TokenStore.open(output / "train")) == len(prepared.train) == 40
+    assert Cache.from_config(config()).entries() == []
+    assert json.loads((output / "report.json").read_text())["train"]["samples"] == 40
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError):
+        prepare(data, tiny_tokenizer, config=config(), output=tmp_path / "file" / "tokens")
+
+
+KILLED = """
+import sys, time
+from llamahome.config import Config
+from llamahome.data import prepare as module
+from tests_tokenizer import tokenizer
+add = module._Writer.add
+def slow(writer, document):
+    time.sleep(0.005)
+    add(writer, document)
+module._Writer.add = slow
+print("ready", flush=True)
+module.prepare(sys.argv[1], tokenizer(), config=Config.load(None, {"data.validation_split": 0.5}))
+"""
+
+
+def test_a_killed_preparation_leaves_nothing_half_done(data, tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tests_tokenizer.py").write_text(
+        f"def tokenizer():\n    from transformers import AutoTokenizer\n"
+        f"    return AutoTokenizer.from_pretrained({str(tmp_path / 'tokenizer')!r})\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    cache = Cache.from_config(Config())
+    for delay in (0.02, 0.1):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(data)], stdout=subprocess.PIPE, env=environment)
+        process.stdout.readline()
+        deadline = time.monotonic() + 20
+        while not list(cache.folder.glob(".*.tmp-*")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert cache.entries() == []
+        assert list(cache.folder.glob(".*.tmp-*"))
+    prepared = prepare(data, tiny_tokenizer, config=Config.load(None, {"data.validation_split": 0.5}))
+    assert prepared.validation is not None
+    assert len(prepared.train) + len(prepared.validation) == 40
+    prepared.train.verify()
+    cache.clean()
+    assert not list(cache.folder.glob(".*.tmp-*"))
+
+
+# The validation split
+
+
+def text_of(store: TokenStore, tokenizer) -> set[str]:
+    return {tokenizer.decode(store.document(i)[0].tolist()) for i in range(len(store))}
+
+
+def test_appending_rows_moves_none(tmp_path, tiny_tokenizer):
+    rows = [pair(f"What is {i}?") for i in range(120)]
+    sides = []
+    for count in (60, 120):
+        path = jsonl(tmp_path / f"{count}.jsonl", rows[:count])
+        prepared = prepare(path, tiny_tokenizer, config=config(data__validation_split=0.3))
+        sides.append((text_of(prepared.train, tiny_tokenizer), text_of(prepared.validation, tiny_tokenizer)))
+    (train, validation), (more_train, more_validation) = sides
+    assert train < more_train
+    assert validation < more_validation
+    assert 0.1 < len(more_validation) / 120 < 0.5
+
+
+sample_texts = st.text(min_size=1, max_size=20)
+
+
+@given(texts=st.lists(sample_texts, min_size=1, max_size=50), share=st.floats(0, 0.99))
+def test_a_samples_side_depends_on_its_content_alone(texts, share):
+    sides = {}
+    for line, text in enumerate(texts * 2):
+        sample = Sample(f"file {line}", line, "text", text=text.encode("utf-8", "replace").decode())
+        assert sides.setdefault(sample.text, is_held_out(sample, share)) == is_held_out(sample, share)
+        assert is_held_out(sample, share) <= is_held_out(sample, min(share + 0.1, 1.0)), (
+            "a larger share takes no one out"
+        )
+
+
+def test_the_split_has_the_share_that_was_asked_for():
+    samples = [Sample("f", i, "text", text=f"text {i}") for i in range(20_000)]
+    for share in (0.0, 0.01, 0.1, 0.5):
+        found = sum(is_held_out(sample, share) for sample in samples) / len(samples)
+        assert abs(found - share) <= 4 * (share * (1 - share) / len(samples)) ** 0.5
+
+
+def test_duplicates_are_counted_and_stay_together(tmp_path, tiny_tokenizer, caplog):
+    rows = [pair(f"What is {i % 30}?") for i in range(90)]
+    prepared = prepare(jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer, config=config(data__validation_split=0.4))
+    train, validation = text_of(prepared.train, tiny_tokenizer), text_of(prepared.validation, tiny_tokenizer)
+    assert not train & validation
+    assert len(train | validation) == 30
+    assert prepared.report.duplicates == 60
+    assert "samples that repeat another: 60" in caplog.text
+
+
+def test_evaluation_data_replaces_the_split(data, tmp_path, tiny_tokenizer, caplog):
+    other = jsonl(tmp_path / "eval.jsonl", [pair("What is 3?", "It is 3."), pair("new?")])
+    prepared = prepare(data, tiny_tokenizer, config=config(data__validation_split=0.3), eval_data=other)
+    assert (len(prepared.train), len(prepared.validation)) == (40, 2)
+    assert prepared.report.place(unpack_place(prepared.validation.source(1))) == f"{other}:2"
+    assert prepared.report.leaked == 1
+    assert "evaluation samples that are trained on, too: 1" in caplog.text
+
+
+# Length, emptiness, bad rows
+
+
+@pytest.fixture
+def long_data(tmp_path):
+    return jsonl(tmp_path / "long.jsonl", [pair("short"), pair("long", "the sea " * 50), pair("short again")])
+
+
+def test_long_samples_are_cut_dropped_or_refused(long_data, tiny_tokenizer, caplog):
+    cut = prepare(long_data, tiny_tokenizer, config=config(data__max_length=64))
+    assert max(cut.train.lengths()) == 64
+    assert cut.report.truncated.count == 1
+    assert cut.report.longest[0] > 64, "the histogram shows what was there"
+    assert f"samples cut to 64 tokens: 1 ({long_data}:2)" in caplog.text
+    dropped = prepare(long_data, tiny_tokenizer, config=config(data__max_length=64, data__overflow="drop"))
+    assert (len(dropped.train), dropped.report.dropped.count) == (2, 1)
+    assert "samples dropped, longer than 64 tokens: 1" in caplog.text
+    for policy in ("error", "skip"):
+        with pytest.raises(DataError, match=r"tokens, more than data\.max_length: 64") as caught:
+            prepare(
+                long_data,
+                tiny_tokenizer,
+                config=config(data__max_length=64, data__overflow="error", data__on_bad_row=policy),
+            )
+        assert caught.value.where == f"{long_data}:2"
+    chat = prepare(long_data, tiny_tokenizer, config=config(data__max_length=64, data__overflow="split"))
+    assert (chat.report.split.count, chat.report.truncated.count) == (0, 1), (
+        "answers are never split from their question"
+    )
+
+
+def test_long_texts_are_split_without_losing_a_token(tmp_path, tiny_tokenizer):
+    path = tmp_path / "book.txt"
+    path.write_text("the sea and the old mill " * 100)
+    whole = prepare(path, tiny_tokenizer, config=config(data__max_length=4096))
+    pieces = prepare(path, tiny_tokenizer, config=config(data__max_length=100, data__overflow="split"))
+    [(ids, _)] = documents(whole.train)
+    joined = [token for i, (part, _) in enumerate(documents(pieces.train)) for token in part[i > 0 :]]
+    assert joined == ids
+    assert pieces.train.num_trained == whole.train.num_trained == len(ids) - 1
+    assert pieces.report.split.count == 1
+    assert max(pieces.train.lengths()) == 100
+
+
+@given(size=st.integers(1, 60), limit=st.integers(2, 20))
+def test_pieces_predict_every_token_but_the_first_once(size, limit):
+    tokens = Encoded(np.arange(size, dtype=np.uint32), np.arange(size) > 0)
+    pieces = split(tokens, limit)
+    predicted = np.concatenate([piece.ids[piece.trained] for piece in pieces])
+    assert predicted.tolist() == list(range(1, size))
+    assert all(len(piece.ids) <= limit and not piece.trained[0] for piece in pieces)
+
+
+def test_a_sample_with_nothing_to_train_on_is_refused_or_counted(tmp_path, tiny_tokenizer, caplog):
+    path = jsonl(tmp_path / "a.jsonl", [pair("short"), pair("the sea " * 50)])
+    for policy in ("error", "skip"):
+        with pytest.raises(DataError, match=r"the first 64 of its .* tokens hold none of the answer") as caught:
+            prepare(path, tiny_tokenizer, config=config(data__max_length=64, data__on_bad_row=policy))
+        assert caught.value.where == f"{path}:2"
+        assert "data.on_empty: skip" in caught.value.fix
+    prepared = prepare(path, tiny_tokenizer, config=config(data__max_length=64, data__on_empty="skip"))
+    assert (len(prepared.train), prepared.report.empty.count) == (1, 1)
+    assert f"samples passed over, nothing to train on: 1 ({path}:2)" in caplog.text
+
+
+def test_nothing_to_train_on_at_all_is_an_error(tmp_path, tiny_tokenizer):
+    path = jsonl(tmp_path / "a.jsonl", [pair("the sea " * 50)])
+    with pytest.raises(DataError, match="nothing to train on: 1 rows gave 0 samples") as caught:
+        prepare(path, tiny_tokenizer, config=config(data__max_length=64, data__on_empty="skip"))
+    assert caught.value.exit_code == 3
+    assert Cache.from_config(config()).entries() == []
+
+
+def test_bad_rows_are_skipped_and_capped(tmp_path, tiny_tokenizer, caplog):
+    rows = [pair("a"), "broken", pair(""), pair("b"), {"text": "x"}, pair("c")]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match="invalid JSON at column 1") as caught:
+        prepare(path, tiny_tokenizer, config=config())
+    assert caught.value.where == f"{path}:2"
+    prepared = prepare(path, tiny_tokenizer, config=config(data__on_bad_row="skip", data__max_bad_rows=3))
+    assert (len(prepared.train), prepared.report.rows, prepared.report.bad_rows.count) == (3, 6, 3)
+    assert prepared.report.bad_rows.examples == [(0, 2), (0, 3), (0, 5)]
+    assert caplog.text.count("row passed over: ") == 3
+    with pytest.raises(DataError, match="more than 2 bad rows") as caught:
+        prepare(path, tiny_tokenizer, config=config(data__on_bad_row="skip", data__max_bad_rows=2))
+    assert caught.value.where.startswith(f"{path}:5")
+
+
+def test_a_token_outside_the_models_vocabulary_is_refused(data, tiny_tokenizer):
+    largest = max(max(ids) for ids, _ in documents(prepare(data, tiny_tokenizer, config=config()).train))
+    prepare(data, tiny_tokenizer, config=config(), vocab_size=largest + 1)
+    with pytest.raises(
+        DataError, match=f"token id {largest} is outside.*the tokenizer has 512 tokens, the model {largest}"
+    ) as caught:
+        prepare(data, tiny_tokenizer, config=config(), vocab_size=largest)
+    assert caught.value.where.startswith(f"{data}:")
+
+
+def test_odd_numbers_of_samples_are_explained(tmp_path, tiny_tokenizer, caplog):
+    path = jsonl(tmp_path / "a.jsonl", [pair("one")])
+    for split_share in (0.01, 0.0):
+        caplog.clear()
+        prepare(path, tiny_tokenizer, config=config(data__validation_split=split_share))
+        assert "1 samples are fewer than a step takes (16): each epoch is one smaller step" in caplog.text
+        assert ("no sample fell into the validation split" in caplog.text) is bool(split_share)
+
+
+def test_a_tokenizer_without_template_is_told(tmp_path, tiny_tokenizer):
+    bare = copy.deepcopy(tiny_tokenizer)
+    bare.chat_template = None
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": chat}])
+    with pytest.raises(ModelError, match="the tokenizer has no chat template"):
+        prepare(path, bare, config=config())
+    with pytest.raises(ModelError, match="the tokenizer has no chat template"):
+        check(path, bare, config=config())
+
+
+# The check
+
+
+def test_check_collects_every_fault_with_its_place(tmp_path, tiny_tokenizer):
+    rows = [pair("a"), "broken", pair("", "x"), {"prompt": 5, "completion": "x"}, pair("the sea " * 50), pair("b")]
+    first = jsonl(tmp_path / "1.jsonl", rows)
+    empty = jsonl(tmp_path / "2.jsonl", [])
+    torn = tmp_path / "3.csv"
+    torn.write_text("prompt,completion\na,b\nc\n")
+    report = check([first, empty, torn], tiny_tokenizer, config=config(data__max_length=64))
+    places = [fault.split("; ")[1] for fault in report.faults]
+    assert places == [f"{first}:2", f"{first}:3:prompt", f"{first}:4:prompt", str(empty), f"{torn}:3", f"{first}:5"]
+    assert report.train.samples == 3
+    assert all(fault in report.to_text() for fault in report.faults)
+    assert Cache.from_config(config()).entries() == []
+
+
+def test_check_stops_after_many_faults(tmp_path, tiny_tokenizer):
+    path = jsonl(tmp_path / "a.jsonl", ["broken"] * 3000)
+    report = check(path, tiny_tokenizer, config=config())
+    assert len(report.faults) == 1001
+    assert report.faults[-1] == "stopped after 1,000 faults"
+
+
+def test_check_collects_what_a_template_refuses(tmp_path, tiny_tokenizer):
+    picky = copy.deepcopy(tiny_tokenizer)
+    picky.chat_template = (
+        "{% if 'x' in messages[0].content %}{{ raise_exception('no x') }}{% endif %}" + tiny_tokenizer.chat_template
+    )
+    path = jsonl(tmp_path / "a.jsonl", [pair("a"), pair("x"), pair("b"), pair("xx")])
+    report = check(path, picky, config=config())
+    assert [f"{path}:{line}" in fault for line, fault in zip((2, 4), report.faults, strict=True)] == [True, True]
+    assert report.train.samples == 2
+    with pytest.raises(ModelError, match="no x"):
+        prepare(path, picky, config=config())
+
+
+def test_check_shows_what_would_be_trained(tmp_path, tiny_tokenizer):
+    path = jsonl(tmp_path / "a.jsonl", [pair("\x1b[31mred\x1b[0m", "four\nfive")] * 5)
+    report = check(path, tiny_tokenizer, config=config())
+    assert (
+        report.preview
+        == ["<|im_start|>user↵\\x1b[31mred\\x1b[0m<|im_end|>↵<|im_start|>assistant↵⟦four↵five<|im_end|>⟧↵"] * 3
+    )
+    assert "\x1b" not in report.to_text()
+
+
+def test_check_works_without_a_tokenizer(data):
+    report = check(data, config=config())
+    assert (report.faults, report.rows, report.train.samples, report.train.tokens) == ([], 40, 40, 0)
+
+
+def test_check_finds_nothing_to_train_on_and_foreign_tokens(data, tiny_tokenizer):
+    assert "outside the model's vocabulary" in check(data, tiny_tokenizer, config=config(), vocab_size=10).faults[0]
+    nothing = check(data, tiny_tokenizer, config=config(data__max_length=2, data__on_empty="skip"))
+    assert "nothing to train on" in nothing.faults[0]
+
+
+# The report
+
+
+def test_the_report_is_plain_json_and_comes_back(long_data, tiny_tokenizer):
+    report = prepare(long_data, tiny_tokenizer, config=config(data__max_length=64)).report
+    assert DataReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    text = report.to_text()
+    for fact in (
+        "schema prompt",
+        "rows: 3",
+        "train: 3 samples",
+        "longest sample",
+        "samples cut to 64 tokens: 1",
+        "up to",
+    ):
+        assert fact in text
+
+
+@given(st.integers(0, 2**24 - 1), st.integers(0, 2**40 - 1))
+def test_places_fit_into_64_bits(file, line):
+    assert pack_place((file, line)) < 2**64
+    assert unpack_place(pack_place((file, line))) == (file, line)
