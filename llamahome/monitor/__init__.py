@@ -1,0 +1,1 @@
+"""What a run says about itself: metrics, sinks, resources, throughput, and the view in the terminal."""

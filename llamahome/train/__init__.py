@@ -1,0 +1,1 @@
+"""The training path: step, cut, optimizer, checkpoint."""

@@ -1,0 +1,43 @@
+"""The user's own code during a run: called with each event, may ask the run to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from llamahome.errors import ConfigError
+from llamahome.plugins import load_object
+
+if TYPE_CHECKING:
+    from llamahome.train.loop import TrainingLoop
+
+Event = Literal["train_begin", "step", "evaluate", "checkpoint", "train_end"]
+
+
+class Callback(Protocol):
+    """Called after each event with the loop and the event's record (a step's metrics, an evaluation's figures, or
+    the checkpoint's path). Returning "stop" ends the run after this step, saved and evaluated."""
+
+    def __call__(self, event: Event, loop: TrainingLoop, record: Mapping[str, Any]) -> Literal["stop"] | None: ...
+
+
+def load_callbacks(names: Iterable[str]) -> list[Callback]:
+    """The callables named `module:object` in `training.callbacks`; a class is called once, without arguments.
+
+    Raises: ConfigError.
+    """
+    found = []
+    for name in names:
+        callback = load_object(name, key="training.callbacks")
+        if isinstance(callback, type):
+            callback = callback()
+        if not callable(callback):
+            raise ConfigError(f"{name!r} cannot be called", where="training.callbacks", fix="name a function or class")
+        found.append(callback)
+    return found
+
+
+def call_all(callbacks: Iterable[Callback], event: Event, loop: TrainingLoop, record: Mapping[str, Any]) -> bool:
+    """Call each one; True when any asks to stop."""
+    answers = [callback(event, loop, record) for callback in callbacks]
+    return "stop" in answers

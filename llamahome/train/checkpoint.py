@@ -1,0 +1,252 @@
+"""Checkpoints: complete or absent, checked when read, free of pickle.
+
+`checkpoint-N/` holds the model or adapter in its usual layout, `optimizer.safetensors`, `rng.safetensors`,
+`training_state.json` and, written last, `manifest.json` with the size and SHA-256 of every other file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from llamahome.errors import CheckpointError
+from llamahome.files import publish_folder, remove_folder, sha256, write_json
+
+logger = logging.getLogger(__name__)
+FORMAT_VERSION = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands; with the seed it fixes every sample still to come."""
+
+    step: int = 0
+    total_steps: int = 0
+    samples_per_step: int = 0
+    seed: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    best_value: float | None = None
+    evaluations_without_gain: int = 0
+    threads: int = 0
+    plan: dict[str, Any] = field(default_factory=dict)
+    data_fingerprint: str = ""
+    model_fingerprint: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    run: Path, state: TrainingState, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, scheduler: Any,
+    scaler: Any = None,
+) -> Path:  # fmt: skip
+    """Write `checkpoint-<step>` into the folder `run`. Raises: StorageError, with nothing left behind."""
+    from llamahome.model.export import write_model
+
+    target = run / f"checkpoint-{state.step}"
+    with publish_folder(target) as folder:
+        write_model(model, tokenizer, folder)
+        tensors, plain = pack_optimizer(model, optimizer)
+        save_file(tensors, folder / "optimizer.safetensors")
+        random_tensors, random_plain = pack_rng()
+        save_file(random_tensors, folder / "rng.safetensors")
+        content = {
+            **asdict(state),
+            "optimizer": plain,
+            "scheduler": {"last_epoch": scheduler.last_epoch},
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "rng": random_plain,
+        }
+        write_json(folder / "training_state.json", content)
+        write_manifest(folder, state.step)
+    return target
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """List every file of `folder` with size and SHA-256."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    write_json(folder / "manifest.json", {"format": FORMAT_VERSION, "step": step, "files": files})
+
+
+def fault_of(checkpoint: Path, *, content: bool = True) -> str | None:
+    """What is wrong with a checkpoint on disk, or None when every byte is as it was written.
+
+    Without `content` only names and sizes are compared, which costs nothing.
+    """
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_bytes())
+        if manifest["format"] != FORMAT_VERSION:
+            return f"format {manifest['format']} is not {FORMAT_VERSION}"
+        for name, expected in manifest["files"].items():
+            path = checkpoint / name
+            if not path.resolve().is_relative_to(checkpoint.resolve()):
+                return f"{name} leaves the folder"
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            if content and sha256(path) != expected["sha256"]:
+                return f"{name} is damaged (SHA-256 differs)"
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json cannot be read: {error}"
+    return None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest step first, good or not."""
+    found = [(int(m[1]), p) for p in run.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def newest_good(path: Path) -> Path:
+    """The checkpoint `path` itself, or the newest good one of the run folder `path`.
+
+    Raises: CheckpointError when there is none, with the fault of each.
+    """
+    if not path.is_dir():
+        raise CheckpointError("no such folder", where=str(path.absolute()), fix="name a run or checkpoint folder")
+    if _NAME.fullmatch(path.name) or (path / "training_state.json").exists():
+        candidates, fallback = [path], False
+        run = path.parent
+        if fault_of(path) is not None and _NAME.fullmatch(path.name):
+            older = [p for p in checkpoints(run) if _step(p) < _step(path)]
+            candidates, fallback = [*older, path], True
+    else:
+        candidates, fallback = checkpoints(path), True
+    faults = []
+    for candidate in reversed(candidates):
+        fault = fault_of(candidate)
+        if fault is None:
+            return candidate
+        faults.append(f"{candidate.name}: {fault}")
+        if fallback:
+            logger.warning("%s is not usable (%s); trying the one before", candidate, fault)
+    reason = "; ".join(faults) or "it holds no checkpoint-N folder"
+    raise CheckpointError(f"no usable checkpoint: {reason}", where=str(path), fix="start a new run, or restore a copy")
+
+
+def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
+    """The state, and the parts of optimizer, schedule and random numbers that are no tensors."""
+    try:
+        content = json.loads((checkpoint / "training_state.json").read_bytes())
+        rest = {key: content.pop(key) for key in ("optimizer", "scheduler", "scaler", "rng")}
+        return TrainingState(**content), rest
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"cannot be read: {error}", where=str(checkpoint / "training_state.json"), fix="resume from another one"
+        ) from error
+
+
+def restore(
+    checkpoint: Path, rest: dict[str, Any], model: Any, optimizer: torch.optim.Optimizer, scheduler: Any,
+    scaler: Any = None,
+) -> None:  # fmt: skip
+    """Load weights, optimizer, schedule and random state. Raises: CheckpointError when something does not match."""
+    from llamahome.model.export import read_weights
+
+    read_weights(model, checkpoint)
+    unpack_optimizer(model, optimizer, load_file(checkpoint / "optimizer.safetensors"), rest["optimizer"])
+    scheduler.last_epoch = rest["scheduler"]["last_epoch"]
+    for group, base, shape in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base * shape(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    if scaler is not None and rest["scaler"]:
+        scaler.load_state_dict(rest["scaler"])
+    unpack_rng(load_file(checkpoint / "rng.safetensors"), rest["rng"])
+
+
+def retain(run: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` good checkpoints; damaged ones do not count and stay."""
+    good = [path for path in checkpoints(run) if fault_of(path, content=False) is None]
+    for path in good[: max(0, len(good) - keep_last)]:
+        try:
+            remove_folder(path)
+        except OSError as error:
+            logger.warning("cannot delete the old %s: %s", path, error)
+
+
+def pack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors by `parameter name|state name`, and the rest as plain values."""
+    tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, Any] = {}
+    for name, parameter in _trained(model):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{name}|{key}"] = value.detach().contiguous()
+            else:
+                plain[f"{name}|{key}"] = value
+    return tensors, plain
+
+
+def unpack_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], plain: dict[str, Any]
+) -> None:
+    """Put back what `pack_optimizer` gave. Raises: CheckpointError on names or shapes that do not fit."""
+    parameters = dict(_trained(model))
+    for full_name, value in {**tensors, **plain}.items():
+        name, _, key = full_name.rpartition("|")
+        parameter = parameters.get(name)
+        scalar_or_alike = not isinstance(value, torch.Tensor) or value.dim() == 0 or (
+            parameter is not None and _fits(optimizer, value, parameter)
+        )  # fmt: skip
+        if parameter is None or not scalar_or_alike:
+            raise CheckpointError(
+                f"optimizer state {full_name!r} does not fit this model",
+                where="optimizer.safetensors", fix="resume with the model, method and LoRA settings of the run",
+            )  # fmt: skip
+        if isinstance(value, torch.Tensor) and value.dim():
+            value = value.to(parameter.device)
+        optimizer.state[parameter][key] = value
+
+
+def _fits(optimizer: torch.optim.Optimizer, value: torch.Tensor, parameter: torch.Tensor) -> bool:
+    # Adafactor keeps one vector for rows and one for columns.
+    factored = isinstance(optimizer, torch.optim.Adafactor)
+    return value.shape == parameter.shape or (factored and value.dim() <= parameter.dim())
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def pack_rng() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Random states of torch (as tensors), Python and NumPy (as plain values)."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    numpy_state = [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)]
+    return tensors, {"python": [version, list(internal), gauss], "numpy": numpy_state}
+
+
+def unpack_rng(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    version, internal, gauss = plain["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = plain["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1

@@ -1,0 +1,75 @@
+"""Loss, perplexity and token accuracy on held-out samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from llamahome.data.batch import BatchProcessor
+from llamahome.data.store import TokenStore
+from llamahome.errors import DataError
+from llamahome.train.objective import Objective, build_objective, evaluating
+from llamahome.train.precision import Precision, resolve_precision
+
+if TYPE_CHECKING:
+    from llamahome.config import Config
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the trained tokens of all samples."""
+
+    loss: float
+    perplexity: float
+    token_accuracy: float
+    samples: int
+    trained_tokens: int
+
+
+@torch.no_grad()
+def evaluate_store(
+    objective: Objective, store: TokenStore, *, precision: Precision, token_budget: int, max_samples: int | None = None
+) -> Evaluation:
+    """Evaluate on the first `max_samples` samples of a store (all without it), in cuts of `token_budget` tokens.
+
+    Raises: DataError when there is no trained token.
+    """
+    samples = np.arange(min(len(store), max_samples or len(store)), dtype=np.int64)
+    processor = BatchProcessor(store)
+    loss, correct = torch.zeros((), dtype=torch.float64), 0
+    with evaluating(objective.model), precision.autocast():
+        for ids in processor.cut(samples, token_budget=token_budget):
+            part_loss, part_correct = objective.statistics(processor.build(ids))
+            loss += part_loss.double().cpu()
+            correct += int(part_correct)
+    tokens = int(store.trained_counts(samples).sum())
+    if not tokens:
+        raise DataError("no trained token to evaluate", fix="check the data with: llamahome data check")
+    mean = float(loss) / tokens
+    return Evaluation(mean, math.exp(min(mean, 700.0)), correct / tokens, len(samples), tokens)
+
+
+def evaluate(model: str | Path, data: str | Path, config: Config | None = None) -> Evaluation:
+    """Evaluate a model, adapter or checkpoint folder on a data file; what `llamahome train-eval` calls.
+
+    Raises: ModelError, DataError, ConfigError.
+    """
+    from llamahome.config import Config
+    from llamahome.train.setup import load_trained_model, prepare_evaluation, resolve_device, set_threads
+
+    config = config or Config.load()
+    device = resolve_device(config)
+    set_threads(config)
+    precision = resolve_precision(config, device)
+    trained, tokenizer = load_trained_model(str(model), config, device, precision)
+    store = prepare_evaluation(data, tokenizer, config)
+    objective = build_objective(trained)
+    budget = max(2048, int(store.lengths().max(initial=0)))
+    return evaluate_store(
+        objective, store, precision=precision, token_budget=budget, max_samples=config.training.eval_samples
+    )

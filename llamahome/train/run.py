@@ -1,0 +1,244 @@
+"""A whole run: from the configuration to a trained model on disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llamahome.config import Config
+from llamahome.errors import Interrupted, LlamaHomeError
+from llamahome.files import publish_folder
+from llamahome.model.export import write_model
+from llamahome.monitor.metrics import StepRecord
+from llamahome.monitor.sinks import MetricSink, build_sinks
+from llamahome.train import checkpoint as checkpoints
+from llamahome.train.callbacks import Callback, call_all, load_callbacks
+from llamahome.train.checkpoint import TrainingState
+from llamahome.train.evaluate import Evaluation, evaluate_store
+from llamahome.train.loop import TrainingLoop
+from llamahome.train.recovery import ResourceRecovery
+from llamahome.train.rundir import RunFolder, State, read_run
+from llamahome.train.setup import Assembled, assemble
+from llamahome.train.signals import StopSignal
+
+logger = logging.getLogger(__name__)
+View = Any  # a monitor.progress.Progress
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    output: Path
+    steps: int
+    before: Evaluation | None
+    after: Evaluation | None
+    best_step: int | None
+
+    def summary(self) -> list[str]:
+        """Lines for a person."""
+        lines = []
+        if self.before and self.after:
+            lines.append(f"held-out loss {self.before.loss:.4f} before, {self.after.loss:.4f} after {self.steps} steps")
+        elif self.after:
+            lines.append(f"held-out loss {self.after.loss:.4f} after {self.steps} steps")
+        lines.append(f"model in {self.output / 'final'}")
+        return lines
+
+
+@dataclass
+class Run:
+    """One run while it goes on: the loop, what watches it, and where it writes."""
+
+    config: Config
+    folder: RunFolder
+    parts: Assembled
+    loop: TrainingLoop
+    sinks: list[MetricSink]
+    view: View
+    callbacks: list[Callback]
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    best_step: int | None = None
+    saved_step: int = field(default=-1)
+
+    @property
+    def state(self) -> TrainingState:
+        return self.loop.state
+
+
+def train(
+    config: Config, *, view: View = None, signals: StopSignal | None = None,
+    before: Callable[[Any, Any], None] | None = None, after: Callable[[Any, Any], None] | None = None,
+) -> RunResult:  # fmt: skip
+    """Train by `config` from step 0; what `llamahome train` calls.
+
+    `view` shows progress; `before` and `after` are called with the model and its tokenizer.
+    Raises: any LlamaHomeError; Interrupted after a signal, the state saved.
+    """
+    with RunFolder(Path(config.training.output), fresh=True) as folder:
+        return _guarded(config, folder, None, view, signals or StopSignal(), before, after)
+
+
+def resume(
+    checkpoint: Path, overrides: Sequence[str] = (), config_file: Path | None = None, *,
+    view: Callable[[Config], View] | None = None, signals: StopSignal | None = None,
+) -> RunResult:  # fmt: skip
+    """Go on from a checkpoint, or from the newest good one of a run folder; what `llamahome train-resume` calls.
+
+    The run's own configuration holds, changed by `overrides`. The samples per step stay as they were.
+    """
+    found = ResourceRecovery(checkpoint).recover()
+    folder = RunFolder(found.parent, fresh=False)
+    with folder:
+        config = Config.from_dict(read_run(found.parent)["config"], overrides, config_file)
+        return _guarded(config, folder, found, view(config) if view else None, signals or StopSignal(), None, None)
+
+
+def _guarded(
+    config: Config, folder: RunFolder, found: Path | None, view: View, signals: StopSignal,
+    before: Callable[[Any, Any], None] | None, after: Callable[[Any, Any], None] | None,
+) -> RunResult:  # fmt: skip
+    """The run, with its end written to status.json whatever happens."""
+    step = -1
+    folder.write_status("running", None, "starting", 0, resumable=found is not None)
+    run = None
+    try:
+        run = _open(config, folder, found, view)
+        if before:
+            before(run.parts.model, run.parts.tokenizer)
+        _go(run, signals)
+        if after:
+            after(run.parts.model, run.parts.tokenizer)
+        folder.write_status("done", 0, "finished", run.state.step, resumable=False)
+        return RunResult(folder.path, run.state.step, run.before, run.after, run.best_step)
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, LlamaHomeError) else 1
+        step = run.state.step if run else 0
+        state: State = "stopped" if isinstance(error, Interrupted) else "failed"
+        folder.write_status(state, code, str(error), step, resumable=bool(checkpoints.checkpoints(folder.path)))
+        raise
+    finally:
+        if run:
+            _close(run)
+
+
+def _open(config: Config, folder: RunFolder, found: Path | None, view: View) -> Run:
+    """Everything a run needs, ready for its first step."""
+    parts = assemble(config, folder, found)
+    sinks = build_sinks(config.monitor.sinks, folder.path)
+    run = Run(config, folder, parts, parts.loop, sinks, view, load_callbacks(config.training.callbacks))
+    parts.loop.on_event = lambda event: _event(run, event)
+    folder.write_run(config.to_dict(), parts.facts)
+    if view:
+        view.start(parts.loop.state.total_steps)
+    if found:
+        run.saved_step = parts.loop.state.step
+        _event(run, {"event": "resumed", "step": parts.loop.state.step, "checkpoint": found.name})
+    return run
+
+
+def _go(run: Run, signals: StopSignal) -> None:
+    """The loop with evaluations, checkpoints and callbacks, to the last step or a reason to stop."""
+    config, state = run.config.training, run.state
+    call_all(run.callbacks, "train_begin", run.loop, {})
+    if state.step == 0 and run.parts.prepared.validation is not None:
+        run.before = _evaluate(run)
+        _event(run, {"event": "evaluation", "step": 0, **_eval_fields(run.before)})
+    every = config.eval_steps or run.parts.steps_per_epoch
+    for record in run.loop:
+        last = state.step == state.total_steps
+        wants_stop = call_all(run.callbacks, "step", run.loop, record)
+        if run.parts.prepared.validation is not None and (state.step % every == 0 or last):
+            wants_stop |= _evaluated(run, record)
+        _record(run, record)
+        if signals.stop is not None or wants_stop:
+            run.loop.stop()
+        if state.step % config.save_steps == 0 or last or signals.save or signals.stop is not None or wants_stop:
+            signals.save = False
+            _save(run)
+        if signals.stop is not None and not last:
+            _event(run, {"event": "signal", "step": state.step, "signal": signals.stop})
+            raise Interrupted(signals.stop, where=str(run.folder.path))
+    with publish_folder(run.folder.path / "final") as final:
+        write_model(run.parts.model, run.parts.tokenizer, final)
+    call_all(run.callbacks, "train_end", run.loop, {})
+
+
+def _evaluate(run: Run) -> Evaluation:
+    parts = run.parts
+    assert parts.prepared.validation is not None
+    return evaluate_store(
+        parts.loop.objective, parts.prepared.validation, precision=parts.precision, token_budget=parts.evaluation_budget,
+        max_samples=run.config.training.eval_samples,
+    )  # fmt: skip
+
+
+def _eval_fields(evaluation: Evaluation) -> dict[str, float]:
+    return {
+        "eval_loss": evaluation.loss,
+        "eval_perplexity": evaluation.perplexity,
+        "eval_token_accuracy": evaluation.token_accuracy,
+    }
+
+
+def _evaluated(run: Run, record: StepRecord) -> bool:
+    """Evaluate, keep the best model, and say whether patience is over."""
+    run.after = _evaluate(run)
+    record.update(_eval_fields(run.after))
+    wants_stop = call_all(run.callbacks, "evaluate", run.loop, record)
+    settings, state = run.config.optimization, run.state
+    value = float(record[run.config.training.best_metric])
+    sign = -1 if "accuracy" in run.config.training.best_metric else 1
+    gain = float("inf") if state.best_value is None else sign * (state.best_value - value)
+    if gain > settings.early_stopping_min_delta:
+        state.best_value, state.evaluations_without_gain, run.best_step = value, 0, state.step
+        with publish_folder(run.folder.path / "best") as best:
+            write_model(run.parts.model, run.parts.tokenizer, best)
+    else:
+        state.evaluations_without_gain += 1
+    patience = settings.early_stopping_patience
+    if patience is not None and state.evaluations_without_gain >= patience:
+        _event(run, {"event": "early_stop", "step": state.step, "best": state.best_value})
+        return True
+    return wants_stop
+
+
+def _save(run: Run) -> None:
+    if run.saved_step == run.state.step:
+        return
+    parts, loop = run.parts, run.loop
+    path = checkpoints.save_checkpoint(
+        run.folder.path, run.state, parts.model, parts.tokenizer, loop.optimizer, loop.scheduler, loop.scaler
+    )
+    run.saved_step = run.state.step
+    checkpoints.retain(run.folder.path, run.config.training.keep_last)
+    _event(run, {"event": "checkpoint", "step": run.state.step, "path": path.name})
+    call_all(run.callbacks, "checkpoint", run.loop, {"path": str(path), "step": run.state.step})
+
+
+def _record(run: Run, record: StepRecord) -> None:
+    for sink in run.sinks:
+        sink.write(record)
+    if run.view:
+        run.view.step(record)
+    for event in run.parts.resources.check():
+        _event(run, {"step": run.state.step, **event})
+
+
+def _event(run: Run, event: dict[str, Any]) -> None:
+    for sink in run.sinks:
+        sink.event(event)
+    if run.view:
+        run.view.event(event)
+
+
+def _close(run: Run) -> None:
+    for sink in run.sinks:
+        sink.close()
+    if run.view:
+        run.view.finish()
+    run.parts.prepared.close()

@@ -1,0 +1,136 @@
+"""The folder of a run: its lock, status.json and run.json."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal
+
+from llamahome.errors import CheckpointError, StorageError, UsageError
+from llamahome.files import remove_leftovers, storage_errors, write_json
+
+State = Literal["running", "done", "stopped", "failed"]
+_PACKAGES = ("llamahome", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
+
+
+class RunFolder:
+    """One run's folder, held by a lock that the system drops when the process dies.
+
+    Raises: UsageError when `fresh` and the folder already holds a run; StorageError when it cannot be written or
+    another process holds it.
+    """
+
+    def __init__(self, path: Path, *, fresh: bool) -> None:
+        self.path = path.resolve()
+        with storage_errors(path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        try:
+            if fresh and any(p.name != ".lock" for p in self.path.iterdir()):
+                raise UsageError(
+                    "the output folder already holds files", where=str(path),
+                    fix="choose another --output, or continue the run with train-resume",
+                )  # fmt: skip
+            remove_leftovers(self.path)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.close()
+
+    def write_status(self, state: State, code: int | None, message: str, step: int, *, resumable: bool) -> None:
+        """state, exit code, message, last step and whether train-resume can go on."""
+        content = {"state": state, "code": code, "message": message, "last_step": step, "resumable": resumable}
+        write_json(self.path / "status.json", {**content, "pid": os.getpid(), "time": _now()})
+
+    def write_run(self, config: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Everything needed to see what ran, and to run it again."""
+        content = {
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "started": _now(),
+            **facts,
+            "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+            "git_revision": _git_revision(),
+            "hardware": {
+                "machine": platform.machine(),
+                "system": platform.platform(),
+                "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            },
+            "config": config,
+        }
+        write_json(self.path / "run.json", content)
+
+    def require_free(self, needed: int) -> None:
+        """Raises: StorageError when the disk has less than `needed` bytes free."""
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise StorageError(
+                f"{free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed for two checkpoints and resource.min_free_disk",
+                where=str(self.path), fix="free some space, choose another --output or lower resource.min_free_disk",
+            )  # fmt: skip
+
+    def _take_lock(self) -> IO[str]:
+        with storage_errors(self.path):
+            file = (self.path / ".lock").open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise StorageError(
+                f"the folder is in use by {holder}", where=str(self.path), fix="wait for it, or choose another --output"
+            ) from error
+        with storage_errors(self.path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        return file
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """What `write_run` wrote. Raises: CheckpointError."""
+    try:
+        content: dict[str, Any] = json.loads((run / "run.json").read_bytes())
+        content["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            "run.json is missing or damaged", where=str(run.absolute()), fix="name a run folder, or a checkpoint in it"
+        ) from error
+    return content
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The revision of the folder the run was started in, where it is a git checkout."""
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,297 @@
+"""What a run stands on: device, threads, model, data, each resolved from the configuration and said aloud."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llamahome.config import Config, parse_size
+from llamahome.data.batch import BatchProcessor
+from llamahome.data.dataset import StepOrder
+from llamahome.data.prepare import Prepared, prepare
+from llamahome.data.report import unpack_place
+from llamahome.data.store import TokenStore
+from llamahome.errors import ConfigError, MemoryLimitError, MissingError, UsageError
+from llamahome.memory.governor import MemoryGovernor
+from llamahome.memory.monitor import MemoryMonitor, format_bytes, resolve_limit
+from llamahome.memory.plan import plan_memory
+from llamahome.memory.shape import model_shape
+from llamahome.model import attention
+from llamahome.model.adapters import apply_adapter, enable_checkpointing
+from llamahome.model.compile import compile_layers
+from llamahome.model.load import (
+    ModelSource,
+    load_model,
+    load_tokenizer,
+    load_trained,
+    model_fingerprint,
+    resolve_model,
+)
+from llamahome.monitor.metrics import MetricsCollector, load_metrics
+from llamahome.monitor.resources import ResourceMonitor
+from llamahome.train import checkpoint as checkpoints
+from llamahome.train.checkpoint import TrainingState
+from llamahome.train.loop import TrainingLoop
+from llamahome.train.objective import Objective, build_objective, respects_boundaries
+from llamahome.train.optim import build_optimizer, build_scheduler
+from llamahome.train.precision import Precision, resolve_precision
+from llamahome.train.recovery import resumed_state
+from llamahome.train.rundir import RunFolder
+from llamahome.train.step import StepBatches
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """The parts of a run, ready for its first step, and the facts that run.json records."""
+
+    model: Any
+    tokenizer: Any
+    loop: TrainingLoop
+    precision: Precision
+    prepared: Prepared
+    resources: ResourceMonitor
+    steps_per_epoch: int
+    evaluation_budget: int
+    facts: dict[str, Any]
+
+
+def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled:
+    """Build every part of the run in `folder`, at step 0 or as the checkpoint `found` left it.
+
+    Raises: ConfigError, DataError, ModelError, MemoryLimitError, StorageError, CheckpointError.
+    """
+    check_supported(config)
+    device = resolve_device(config)
+    precision = resolve_precision(config, device)
+    source = resolve_model(None, config.model, config.cache.dir)
+    tokenizer = load_tokenizer(source)
+    shape = model_shape(json.loads((source.folder / "config.json").read_bytes()))
+    if config.data.path is None:
+        raise UsageError("no data to train on", where="data.path", fix="name a file, folder, glob or hub id")
+    prepared = prepare(
+        config.data.path, tokenizer, config=config, eval_data=config.data.eval_path, vocab_size=shape.vocabulary
+    )
+    state = _state(config, prepared, source, found)
+    state.threads = set_threads(config, state.threads)
+    governor = _governor(config, source, prepared, state, precision, device)
+    model = load_for_training(config, source, device, precision, checkpointing=governor.plan.gradient_checkpointing)
+    objective = build_objective(model, config.training.loss, chunk_rows=loss_rows(config))
+    batches = build_batches(config, prepared, state.samples_per_step, objective)
+    mode = compile_layers(
+        objective.causal, config.processing.compile_mode, tokens=_tokens_to_train(prepared, state)
+    )
+    optimizer = build_optimizer(model, config.optimization)
+    resources = ResourceMonitor(folder.path, dict(config.monitor.thresholds.items()))
+    loop = TrainingLoop(
+        model, optimizer, batches, state=state, objective=objective, precision=precision, governor=governor,
+        scheduler=build_scheduler(optimizer, config.optimization, state.total_steps),
+        max_grad_norm=config.optimization.max_grad_norm, on_nonfinite=config.optimization.on_nonfinite,
+        metrics=MetricsCollector(
+            metrics=load_metrics(config.training.metrics), memory_limit_bytes=governor.limit_bytes,
+            memory=lambda: governor.reading, gpu_utilization=resources.gpu_utilization,
+        ),
+    )  # fmt: skip
+    _require_disk(folder, config, model)
+    if found is not None:
+        _, rest = checkpoints.load_state(found)
+        checkpoints.restore(found, rest, model, optimizer, loop.scheduler, loop.scaler)
+    facts = {
+        "data_fingerprint": state.data_fingerprint,
+        "model_fingerprint": state.model_fingerprint,
+        "data": prepared.report.to_dict(),
+        "device": str(device),
+        "precision": precision.name,
+        "attention": attention_name(config),
+        "compile_mode": mode,
+        "threads": state.threads,
+        "total_steps": state.total_steps,
+        "samples_per_step": state.samples_per_step,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "memory_plan": governor.plan.to_dict(),
+        "memory_limit_bytes": governor.limit_bytes,
+    }
+    _say(facts, config)
+    return Assembled(
+        model, tokenizer, loop, precision, prepared, resources, batches.order.steps_per_epoch, governor.token_budget, facts
+    )  # fmt: skip
+
+
+def _state(config: Config, prepared: Prepared, source: ModelSource, found: Path | None) -> TrainingState:
+    """Step 0 of this configuration, or the checkpoint's state after a comparison with data and model."""
+    data, model = prepared.train.fingerprint, model_fingerprint(source.folder)
+    if found is not None:
+        state = resumed_state(found, data, model)
+        asked = config.optimization.global_batch_size
+        if asked is not None and asked != state.samples_per_step:
+            raise ConfigError(
+                f"{asked} samples per step, the run has {state.samples_per_step}",
+                where="optimization.global_batch_size", fix="leave it out; training.batch_size may change",
+            )  # fmt: skip
+    else:
+        state = TrainingState(samples_per_step=config.global_batch_size(), seed=config.training.seed)
+        state.data_fingerprint, state.model_fingerprint = data, model
+    steps_per_epoch = -(-len(prepared.train) // state.samples_per_step)
+    state.total_steps = config.optimization.max_steps or config.training.epochs * steps_per_epoch
+    return state
+
+
+def _governor(
+    config: Config, source: ModelSource, prepared: Prepared, state: TrainingState, precision: Precision,
+    device: torch.device,
+) -> MemoryGovernor:  # fmt: skip
+    """The memory plan, with activation checkpointing where `auto` finds that it does not fit without.
+
+    Raises: MemoryLimitError when nothing fits.
+    """
+    monitor = MemoryMonitor(str(device))
+    limit = resolve_limit(config, str(device), monitor)
+    lengths = prepared.train.lengths()
+    longest = int(lengths.max())
+    step_tokens = max(longest, int(np.sort(lengths)[-state.samples_per_step :].sum()))
+
+    def build(checkpointing: bool) -> MemoryGovernor:
+        plan = plan_memory(
+            json.loads((source.folder / "config.json").read_bytes()), method=config.training.method, lora=config.lora,
+            precision=precision.name, max_length=longest, gradient_checkpointing=checkpointing,
+            optimizer=config.optimization.optimizer, loss_chunk=loss_rows(config), device=device.type,
+            trained_fraction=prepared.train.num_trained / prepared.train.num_tokens,
+        )  # fmt: skip
+        governor = MemoryGovernor(limit, plan, monitor, longest_sample=longest, step_tokens=step_tokens)
+        if state.plan:
+            governor.load_state_dict(state.plan)
+        return governor
+
+    asked = config.processing.gradient_checkpointing
+    if asked != "auto":
+        return build(bool(asked))
+    try:
+        return build(False)
+    except MemoryLimitError:
+        governor = build(True)
+        logger.info("memory is short: processing.gradient_checkpointing is on")
+        return governor
+
+
+def _require_disk(folder: RunFolder, config: Config, model: Any) -> None:
+    """Room for two checkpoints: weights and AdamW's two moments in fp32."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    folder.require_free(2 * 12 * trained + parse_size(config.resource.min_free_disk))
+
+
+def _tokens_to_train(prepared: Prepared, state: TrainingState) -> int:
+    return prepared.train.num_tokens * (state.total_steps - state.step) * state.samples_per_step // len(prepared.train)
+
+
+def loss_rows(config: Config) -> int:
+    """`processing.loss_chunk` as a number; 0 lets the kernel choose."""
+    return 0 if config.processing.loss_chunk == "auto" else int(config.processing.loss_chunk)
+
+
+def _say(facts: dict[str, Any], config: Config) -> None:
+    """The choices that were made, each with the setting that changes it."""
+    logger.info(
+        "%s steps of %s samples (optimization.max_steps, optimization.global_batch_size)",
+        facts["total_steps"], facts["samples_per_step"],
+    )  # fmt: skip
+    logger.info(
+        "%s in %s on %s with %s threads, compile mode %s (training.method, processing.precision, .device, .threads, "
+        ".compile_mode)", config.training.method, facts["precision"], facts["device"], facts["threads"],
+        facts["compile_mode"],
+    )  # fmt: skip
+    logger.info(
+        "%.2f million trained parameters; %s of memory planned, limit %s (training.memory_limit)",
+        facts["trainable_parameters"] / 1e6, format_bytes(facts["memory_plan"]["total"]),
+        format_bytes(facts["memory_limit_bytes"]),
+    )  # fmt: skip
+
+
+def resolve_device(config: Config) -> torch.device:
+    """The device asked for, or a GPU where there is one. Raises: MissingError when it is not there."""
+    asked = config.processing.device
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if asked.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(asked.partition(":")[2] or 0) >= count:
+            raise MissingError(f"{asked} asked for, {count} CUDA devices found", where="processing.device",
+                               fix="set processing.device: auto")  # fmt: skip
+    return torch.device(asked)
+
+
+def set_threads(config: Config, stored: int = 0) -> int:
+    """Set torch's threads: the number asked for, that of the checkpoint, or one per usable core."""
+    asked = config.processing.threads
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = asked if isinstance(asked, int) else stored or cores
+    if stored and threads != stored:
+        logger.warning("%d threads instead of the checkpoint's %d: equal to rounding, not to the bit", threads, stored)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def attention_name(config: Config) -> str:
+    """The implementation's name for transformers. Raises: ConfigError for one that this machine lacks."""
+    asked = config.processing.attention
+    if not config.training.memory_efficient_attention:
+        return "eager"
+    return attention.NAME if asked == "auto" else asked
+
+
+def load_for_training(
+    config: Config, source: ModelSource, device: torch.device, precision: Precision, *, checkpointing: bool
+) -> Any:
+    """The base model in the precision of frozen weights (fp32 where they are trained), with its adapter."""
+    dtype = torch.float32 if config.training.method == "full" else precision.frozen
+    model = load_model(source, dtype=dtype, device=device, attention=attention_name(config))
+    model = apply_adapter(model, config)
+    if checkpointing:
+        enable_checkpointing(model)
+    return model
+
+
+def load_trained_model(path: str, config: Config, device: torch.device, precision: Precision) -> tuple[Any, Any]:
+    """A model, adapter or checkpoint folder (or a hub id), ready for evaluation, and its tokenizer."""
+    model, tokenizer = load_trained(
+        path, config.model, dtype=precision.frozen, device=device, attention=attention_name(config),
+        cache_dir=config.cache.dir,
+    )  # fmt: skip
+    return model.eval(), tokenizer
+
+
+def prepare_evaluation(data: str | Path, tokenizer: Any, config: Config) -> TokenStore:
+    """A whole data file as one store, nothing split off."""
+    whole = config.with_values({"data.validation_split": 0.0})
+    return prepare(data, tokenizer, config=whole).train
+
+
+def build_batches(config: Config, prepared: Prepared, samples_per_step: int, objective: Objective) -> StepBatches:
+    """The steps' samples and their cut; one sample at a time for a model that mixes packed samples."""
+    store = prepared.train
+    order = StepOrder(len(store), samples_per_step, seed=config.training.seed, shuffle=config.data.shuffle)
+    max_samples = None if config.training.batch_size == "auto" else int(config.training.batch_size)
+    if not respects_boundaries(objective):
+        if attention_name(config) == attention.NAME or max_samples is None:
+            logger.warning("%s mixes samples that share a row: one sample per micro-batch", type(objective.causal).__name__)
+        max_samples = 1
+    pin = config.training.pin_memory and objective.head.weight.device.type == "cuda"
+    place = lambda i: prepared.report.place(unpack_place(store.source(i)))  # noqa: E731
+    return StepBatches(store, order, BatchProcessor(store, pin_memory=pin), max_samples, place)
+
+
+def check_supported(config: Config) -> None:
+    """Raises: ConfigError for settings that this version cannot follow."""
+    if config.training.method in ("qlora", "qat"):
+        raise ConfigError(f"{config.training.method} is not there yet", where="training.method", fix="use lora or full")
+    if config.optimization.on_nonfinite == "rewind":
+        raise ConfigError("rewind is not there yet", where="optimization.on_nonfinite", fix="use stop or skip")
+    if config.distributed.replicas != 1:
+        raise ConfigError("several replicas are not there yet", where="distributed.replicas", fix="leave it at 1")

@@ -1,0 +1,94 @@
+"""One optimizer step: the samples of the step, cut into micro-batches, give one summed gradient."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from llamahome.data.batch import BatchProcessor, MicroBatch
+from llamahome.data.dataset import StepOrder
+from llamahome.data.store import TokenStore
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """The samples of every step, and how a step's samples become micro-batches."""
+
+    store: TokenStore
+    order: StepOrder
+    processor: BatchProcessor
+    max_samples: int | None = None
+    place: Callable[[int], str] = "sample {}".format
+
+    def cut(self, samples: Ids, token_budget: int | None) -> list[Ids]:
+        """Micro-batches of at most `token_budget` tokens, or of `max_samples` samples where no budget is given."""
+        if token_budget is None:
+            return self.processor.cut(samples, max_samples=self.max_samples or len(samples))
+        return self.processor.cut(samples, token_budget=token_budget)
+
+    def trained_tokens(self, samples: Ids) -> int:
+        """Tokens of these samples that count in the loss."""
+        return int(self.store.trained_counts(samples).sum())
+
+
+@dataclass
+class Gradient:
+    """What forward and backward over one step gave; the gradients themselves are in the parameters."""
+
+    loss: Tensor
+    tokens: int = 0
+    padding_tokens: int = 0
+    micro_batches: int = 0
+    micro_batch_tokens: int = 0
+    wait_seconds: float = 0.0
+    micro_losses: list[Tensor] = field(default_factory=list)
+
+
+def accumulate(
+    objective: Callable[[MicroBatch], Tensor], cut: Sequence[Ids], build: Callable[[Ids], MicroBatch],
+    num_trained: int, scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+) -> Gradient:  # fmt: skip
+    """Forward and backward over all micro-batches of a step.
+
+    Each summed loss is divided by the trained tokens of the whole step, so that the gradient does not depend on
+    the cut. `scale` is the loss scaler's, for fp16.
+    """
+    total = Gradient(torch.zeros(()))
+    for ids in cut:
+        started = time.perf_counter()
+        batch = build(ids)
+        total.wait_seconds += time.perf_counter() - started
+        loss = objective(batch) / num_trained
+        scale(loss).backward()  # type: ignore[no-untyped-call]
+        loss = loss.detach()
+        total.loss = total.loss.to(loss.device) + loss
+        total.micro_losses.append(loss)
+        total.tokens += batch.num_tokens
+        total.padding_tokens += batch.input_ids.numel() - batch.num_tokens
+        total.micro_batches += 1
+        total.micro_batch_tokens = max(total.micro_batch_tokens, batch.num_tokens)
+    return total
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """The norm of all gradients together; they are scaled down to `max_norm` where it is larger and finite."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm and bool(torch.isfinite(norm)):
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Set torch's random state from the run's seed and the step alone: a replay draws the same numbers."""
+    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
