@@ -37,15 +37,15 @@ HEADER = 4096  # bytes before the tokens of a shard
 LIMIT_SOURCE = Path(__file__).parents[1] / "csrc" / "bench" / "gather_limit.cpp"
 
 
-def build_store(folder: Path, documents: int) -> None:
-    """Lognormal documents of 517 tokens on average, of which a random first part is not trained."""
+def build_store(folder: Path, documents: int, prompts: float) -> None:
+    """Lognormal documents of 517 tokens on average; up to the share `prompts` at the start of each is not trained."""
     random = np.random.default_rng(0)
     with TokenStoreWriter(folder, VOCAB_SIZE, shard_bytes=1 << 40) as writer:
         for begin in range(0, documents, 4096):
             lengths = np.clip(random.lognormal(5.75, 1, min(4096, documents - begin)), 8, 8192).astype(np.int64)
             ids = random.integers(0, VOCAB_SIZE, int(lengths.sum()), dtype=np.uint32)
             starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-            prompt = np.repeat((lengths * random.random(len(lengths)) * 0.5).astype(np.int64), lengths)
+            prompt = np.repeat((lengths * random.random(len(lengths)) * prompts).astype(np.int64), lengths)
             trained = np.arange(len(ids)) - starts >= prompt
             writer.append_many(ids, trained, lengths, np.arange(begin, begin + len(lengths)))
         writer.commit().close()
@@ -110,20 +110,21 @@ def gather_limit(shard: Path, folder: Path) -> float:
 
 
 def warm(folder: Path, rounds: int, batches: int) -> dict[str, float]:
-    shard = folder / "store" / "shard-00000.tokens"
-    store = TokenStore.open(folder / "store")
+    shard = folder / "text" / "shard-00000.tokens"
+    store, chats = TokenStore.open(folder / "text"), TokenStore.open(folder / "chats")
     tokens = torch.from_file(str(shard), shared=True, size=HEADER // 2 + store.num_tokens, dtype=torch.uint16)
     rows = np.random.default_rng(1).integers(0, store.num_tokens // WIDTH, batches * ROWS)
     best: dict[str, float] = {}
-    packed(store, 0)  # maps every page and checks every block once
+    packed(chats, 0)  # maps every page and checks every block once
     torch_loop(tokens, np.arange(store.num_tokens // WIDTH))
+    fixed_reused(store, np.arange(store.num_tokens // WIDTH // ROWS * ROWS))
     for epoch in range(1, rounds + 1):
         for name, value in {
             "limit": gather_limit(shard, folder),
             "fixed": rate(lambda: fixed_reused(store, rows)),
             "torch_loop": rate(lambda: torch_loop(tokens, rows)),
             "fresh": rate(lambda: fixed_fresh(store, rows)),
-            "packed": rate(lambda epoch=epoch: packed(store, epoch)),
+            "packed": rate(lambda epoch=epoch: packed(chats, epoch)),
         }.items():
             best[name] = max(best.get(name, 0), value)
     return {
@@ -162,9 +163,9 @@ def bytes_read() -> int:
 
 
 def cold(folder: Path, items: int) -> dict[str, float]:
-    """Shuffled fixed rows from a store that is not in memory."""
-    resident = evict(folder / "store" / "shard-00000.tokens")
-    store = TokenStore.open(folder / "store")
+    """Shuffled fixed rows, as a dataset gives them, from a store that is not in memory."""
+    resident = evict(folder / "text" / "shard-00000.tokens")
+    store = TokenStore.open(folder / "text")
     dataset = StreamingDataset(store, rows="fixed", length=WIDTH, read_ahead=4096)
     before, begin = bytes_read(), time.perf_counter()
     count = sum(1 for _, _ in zip(range(items), dataset, strict=False))
@@ -181,7 +182,7 @@ def first_batch(folder: Path) -> float:
     times = []
     for seed in range(9):
         begin = time.perf_counter()
-        store = TokenStore.open(folder / "store")
+        store = TokenStore.open(folder / "chats")
         BatchProcessor(store).build(StepOrder(len(store), 16, seed).samples(0))
         times.append((time.perf_counter() - begin) * 1e3)
     return sorted(times)[4]
@@ -196,7 +197,7 @@ def private_memory(folder: Path) -> float:
     """MB of private memory that opening and an epoch of packed reading add, in a process of its own."""
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import reader, pathlib; store_type = reader.TokenStore\n"
-        "before = reader.private_bytes(); store = store_type.open(pathlib.Path(sys.argv[2]) / 'store')\n"
+        "before = reader.private_bytes(); store = store_type.open(pathlib.Path(sys.argv[2]) / 'chats')\n"
         "reader.packed(store, 0); print(reader.private_bytes() - before)"
     )
     command = [sys.executable, "-c", program, str(Path(__file__).parent), str(folder)]
@@ -216,12 +217,13 @@ def packing_plan(store: TokenStore) -> dict[str, float]:
 
 def measure(folder: Path, quick: bool) -> dict[str, float]:
     documents = 64_000 if quick else 512_000
-    if not (folder / "store").exists():
-        build_store(folder / "store", documents)
+    for name, prompts in {"chats": 0.5, "text": 0.0}.items():
+        if not (folder / name).exists():
+            build_store(folder / name, documents, prompts)
     torch.set_num_threads(1)
     result = warm(folder, rounds=3 if quick else 5, batches=2000 if quick else 10_000)
     result |= {"first_batch_ms": first_batch(folder), "private_mb": private_memory(folder)}
-    with TokenStore.open(folder / "store") as store:
+    with TokenStore.open(folder / "chats") as store:
         result |= packing_plan(store) | {"documents": len(store), "tokens": store.num_tokens}
     return result | cold(folder, 4000 if quick else 40_000)
 

@@ -99,6 +99,10 @@ template <typename Value, typename Get>
 void BatchReader::collect(std::span<const std::int64_t> ids, std::span<Value> out, Get get) const {
   if (ids.size() != out.size()) throw std::invalid_argument("as many results as ids are needed");
   check_sizes(ids);
+  for (const std::int64_t id : ids) {
+    const Place place = find_document(id);
+    place.file->will_need_record(place.index);
+  }
   Scratch scratch;
   for (std::size_t i = 0; i < ids.size(); ++i) {
     if (i + kRecordsAhead < ids.size()) {
@@ -232,25 +236,35 @@ std::uint64_t BatchReader::read_piece(const Piece& piece, std::int64_t* ids, std
 }
 
 void BatchReader::prefetch(std::span<const std::int64_t> ids) {
+  std::vector<Document> documents(ids.size());
+  collect(ids, std::span(documents), [](const Document& d) { return d; });
   std::vector<FileRange> ranges;
-  ranges.reserve(2 * ids.size());
-  check_sizes(ids);
-  Scratch scratch;
-  for (const std::int64_t id : ids) {
-    const Place place = find_document(id);
-    const Header& header = place.file->header();
-    const Document d = place.file->document(place.index, scratch);
-    ranges.push_back({place.file, kPage + d.token * header.token_width, std::uint64_t{d.length} * header.token_width});
-    if (!is_all_trained(d) && d.num_runs > 0)
-      ranges.push_back({place.file, header.runs_at + d.run * sizeof(Run), d.num_runs * sizeof(Run)});
+  ranges.reserve(ids.size());
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    const TokenFile* file = find_document(ids[i]).file;
+    const std::uint64_t width = file->header().token_width;
+    if (!is_all_trained(documents[i])) file->will_need_runs(documents[i]);
+    ranges.push_back({file, kPage + documents[i].token * width, documents[i].length * width});
   }
   read_ahead(ranges);
 }
 
 void BatchReader::prefetch_rows(std::span<const std::int64_t> rows, std::uint64_t width) {
+  const std::vector<Piece> pieces = cut_rows(rows, width);
+  check_sizes(pieces);
+  // One thing leads to the next; each is asked for all rows before the first of them is waited for.
+  for (const Piece& p : pieces) p.file->will_need_start(p.first);
+  Scratch scratch;
+  std::vector<std::uint32_t> numbers;
+  for (const Piece& p : pieces) {
+    numbers.push_back(p.file->peek_document_at(p.first, scratch));
+    p.file->will_need_record(numbers.back());
+  }
   std::vector<FileRange> ranges;
-  for (const Piece& p : cut_rows(rows, width)) {
+  for (std::size_t i = 0; i < pieces.size(); ++i) {
+    const Piece& p = pieces[i];
     const std::uint64_t bytes = p.file->header().token_width;
+    p.file->will_need_runs(p.file->document(numbers[i], scratch));
     ranges.push_back({p.file, kPage + p.first * bytes, p.count * bytes});
   }
   read_ahead(ranges);

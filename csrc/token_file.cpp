@@ -20,6 +20,8 @@ namespace {
 // Sizes below 2^62 are checked first, so rounding up cannot overflow.
 constexpr std::uint64_t align(std::uint64_t value) { return (value + 63) / 64 * 64; }
 
+constexpr std::uint64_t kChunk = std::uint64_t{1} << 16;
+
 constexpr std::uint64_t num_blocks(const Header& h) { return (h.checksums_at - kPage + kPage - 1) / kPage; }
 
 constexpr std::uint64_t num_starts(const Header& h) { return (h.num_tokens * h.token_width + kPage - 1) / kPage; }
@@ -61,6 +63,7 @@ void TokenFile::open_and_map(ReadMode mode) {
 #endif
   check_checksums();
   checked_ = std::make_unique<std::atomic<std::uint64_t>[]>(num_blocks(header_) / 64 + 1);
+  asked_ = std::make_unique<std::atomic<std::uint64_t>[]>(header_.file_size / kChunk / 64 + 1);
 }
 
 void TokenFile::check_header(std::uint64_t file_size) {
@@ -93,6 +96,7 @@ void TokenFile::check_header(std::uint64_t file_size) {
 void TokenFile::check_checksums() const {
   std::uint64_t at = header_.checksums_at;
   std::uint32_t crc = 0;
+  will_need(at, header_.file_size - at);
   if (map_ != nullptr) {
     crc = crc32c(map_ + at, header_.file_size - at);
   } else {
@@ -181,12 +185,17 @@ Document TokenFile::document(std::uint64_t index, Scratch& scratch) const {
           here.trained};
 }
 
-std::uint32_t TokenFile::document_at(std::uint64_t token, Scratch& scratch) const {
+std::uint32_t TokenFile::peek_document_at(std::uint64_t token, Scratch& scratch) const {
   if (token >= header_.num_tokens) throw std::out_of_range("token index out of range");
   std::uint32_t index;
   std::memcpy(&index, bytes(start_at(token), sizeof index, scratch), sizeof index);
-  if (index >= header_.num_documents || document(index, scratch).token > token)
-    damaged("the first document of a block is wrong", start_at(token));
+  if (index >= header_.num_documents) damaged("the first document of a block does not exist", start_at(token));
+  return index;
+}
+
+std::uint32_t TokenFile::document_at(std::uint64_t token, Scratch& scratch) const {
+  const std::uint32_t index = peek_document_at(token, scratch);
+  if (document(index, scratch).token > token) damaged("the first document of a block is wrong", start_at(token));
   return index;
 }
 
@@ -257,6 +266,23 @@ void TokenFile::will_need(std::uint64_t offset, std::uint64_t size) const noexce
     ::posix_fadvise(fd_, static_cast<off_t>(begin), static_cast<off_t>(end - begin), POSIX_FADV_WILLNEED);
 #endif
   }
+}
+
+void TokenFile::will_need_chunk(std::uint64_t offset) const noexcept {
+  const std::uint64_t chunk = offset / kChunk, bit = std::uint64_t{1} << (chunk % 64);
+  std::atomic<std::uint64_t>& word = asked_[chunk / 64];
+  if ((word.load(std::memory_order_relaxed) & bit) == 0 && (word.fetch_or(bit) & bit) == 0)
+    will_need(chunk * kChunk, kChunk);
+}
+
+void TokenFile::will_need_record(std::uint64_t index) const noexcept {
+  will_need_chunk(header_.documents_at + index * sizeof(DocumentRecord));
+}
+
+void TokenFile::will_need_start(std::uint64_t token) const noexcept { will_need_chunk(start_at(token)); }
+
+void TokenFile::will_need_runs(const Document& document) const noexcept {
+  if (document.num_runs > 0) will_need_chunk(header_.runs_at + document.run * sizeof(Run));
 }
 
 bool TokenFile::resident(std::uint64_t offset) const noexcept {

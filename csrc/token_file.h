@@ -100,6 +100,8 @@ class TokenFile {
 
   // A document at or before the one with this token, at most a block of tokens away.
   std::uint32_t document_at(std::uint64_t token, Scratch& scratch) const;
+  // The same without a look at that document's record.
+  std::uint32_t peek_document_at(std::uint64_t token, Scratch& scratch) const;
 
   // The runs of a document, checked to lie within it and to add up. Valid until `scratch` is used again.
   const Run* runs(const Document& document, std::uint64_t index, Scratch& scratch) const;
@@ -120,6 +122,11 @@ class TokenFile {
 
   // Asks the kernel to begin reading these bytes of the file. Only a hint.
   void will_need(std::uint64_t offset, std::uint64_t size) const noexcept;
+  // The same for what document, document_at and runs read, in chunks of 64 KiB and once for each: on a cold disk a
+  // lookup would otherwise wait for its page behind all the tokens that were asked for.
+  void will_need_record(std::uint64_t index) const noexcept;
+  void will_need_start(std::uint64_t token) const noexcept;
+  void will_need_runs(const Document& document) const noexcept;
   // Whether the page with this byte is in memory already; true where the system cannot say.
   bool resident(std::uint64_t offset) const noexcept;
 
@@ -149,6 +156,7 @@ class TokenFile {
   void read_exactly(void* out, std::uint64_t size, std::uint64_t offset) const;
   void open_and_map(ReadMode mode);
   void close() noexcept;
+  void will_need_chunk(std::uint64_t offset) const noexcept;
   void check_header(std::uint64_t file_size);
   void check_checksums() const;
   std::uint32_t checksum(std::uint64_t block) const;
@@ -164,6 +172,7 @@ class TokenFile {
   Header header_{};
   std::uint32_t header_crc_ = 0;
   mutable std::unique_ptr<std::atomic<std::uint64_t>[]> checked_;  // a bit per block
+  mutable std::unique_ptr<std::atomic<std::uint64_t>[]> asked_;    // a bit per chunk
 };
 
 }  // namespace llamahome

@@ -9,6 +9,7 @@ Shapes: T tokens, Hq query heads, Hk key and value heads (Hq a multiple of Hk), 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -58,21 +59,23 @@ def varlen_attention(
     """
     if softcap or q.device.type != "cpu":
         return varlen_attention_reference(q, k, v, cu_seqlens, scale, window, softcap)
-    return _varlen_cpu(q, k, v, cu_seqlens, scale, window)[0]
+    out: Tensor = _varlen_cpu(q, k, v, cu_seqlens, scale, window)[0]
+    return out
 
 
 @torch.library.custom_op("llamahome::varlen_attention", mutates_args=(), device_types="cpu")
-def _varlen_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
+def _varlen_cpu(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
     """Output [T, Hq, D] and log-sum-exp [T, Hq] (fp32, or fp64 for fp64 inputs)."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_zeros(q.shape[:2], dtype=_lse_dtype(q))
     for start, end in _bounds(cu_seqlens):
         mask = _window_mask(q, end - start, window)
-        o, l = _flash_forward(
-            *_heads_first(start, end, q, k, v), 0.0, mask is None, attn_mask=mask, scale=scale
-        )
-        out[start:end] = o[0].transpose(0, 1)
-        lse[start:end] = l[0].transpose(0, 1)
+        q_s, k_s, v_s = _heads_first(start, end, q, k, v)
+        out_s, lse_s = _flash_forward(q_s, k_s, v_s, 0.0, mask is None, attn_mask=mask, scale=scale)
+        out[start:end] = out_s[0].transpose(0, 1)
+        lse[start:end] = lse_s[0].transpose(0, 1)
     return out, lse
 
 
@@ -84,25 +87,28 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window:
 
 @torch.library.custom_op("llamahome::varlen_attention_backward", mutates_args=(), device_types="cpu")
 def _varlen_cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for start, end in _bounds(cu_seqlens):
         mask = _window_mask(q, end - start, window)
         g, q_s, k_s, v_s, o_s = _heads_first(start, end, grad, q, k, v, out)
         # The kernel wants the log-sum-exp with the heads innermost, as its own forward returns it.
         lse_s = lse[start:end].transpose(0, 1).unsqueeze(0)
         parts = _flash_backward(g, q_s, k_s, v_s, o_s, lse_s, 0.0, mask is None, attn_mask=mask, scale=scale)
-        for whole, part in zip(grads, parts, strict=True):
+        for whole, part in zip((dq, dk, dv), parts, strict=True):
             whole[start:end] = part[0].transpose(0, 1)
-    return grads
+    return dq, dk, dv
 
 
 @_varlen_cpu_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
@@ -121,7 +127,7 @@ _varlen_cpu.register_autograd(_backward, setup_context=_setup_context)
 
 def _bounds(cu_seqlens: Tensor) -> Iterator[tuple[int, int]]:
     edges = cu_seqlens.tolist()
-    return ((a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a)
+    return ((start, end) for start, end in pairwise(edges) if end > start)
 
 
 def _heads_first(start: int, end: int, *tensors: Tensor) -> list[Tensor]:

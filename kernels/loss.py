@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 IGNORE_INDEX = -100
 _CHUNK_BYTES = 64 << 20  # of fp32 logits; beyond it larger chunks no longer speed the matrix product up
@@ -49,7 +49,9 @@ def linear_cross_entropy(
     if not bool(keep.all()):
         hidden, labels = hidden[keep], labels[keep]
     rows = chunk_rows or chunk_rows_for(weight.shape[0])
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, logit_scale, softcap, label_smoothing, rows)
+    total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, labels, logit_scale, softcap, label_smoothing, rows
+    )
     return total / labels.numel() if reduction == "mean" else total
 
 
@@ -62,7 +64,7 @@ def token_statistics(
     loss = torch.zeros((), dtype=_accumulate_dtype(hidden), device=hidden.device)
     correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
     rows = chunk_rows_for(weight.shape[0])
-    for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
+    for h, y in zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True):
         logits = _logits(h, weight, bias, logit_scale, softcap)
         loss += F.cross_entropy(logits, y, reduction="sum")
         correct += (logits.argmax(-1) == y).sum()

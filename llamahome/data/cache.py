@@ -204,7 +204,12 @@ class Cache:
 def cache_folder(config: Config) -> Path:
     """`cache.dir`, else $LLAMAHOME_CACHE, else ~/.cache/llamahome."""
     chosen = config.cache.dir or os.environ.get("LLAMAHOME_CACHE")
-    return Path(chosen) if chosen else Path("~/.cache/llamahome").expanduser()
+    if chosen:
+        return Path(chosen)
+    try:
+        return Path.home() / ".cache" / "llamahome"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"llamahome-{os.getuid()}"
 
 
 def temporary_entry(build: Callable[[Path], None]) -> Entry:

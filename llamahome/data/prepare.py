@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from llamahome.data.cache import Cache, Entry, folder_bytes, temporary_entry
 from llamahome.data.formats import find_files
@@ -306,10 +307,20 @@ class _Hashes:
         return self._last[1]
 
     def repeated(self) -> int:
-        return len(self._hashes) - len(np.unique(np.asarray(self._hashes)))
+        """Samples that are equal to an earlier one."""
+        hashes = self._sorted()
+        return int((hashes[1:] == hashes[:-1]).sum())
 
     def shared_with(self, other: _Hashes) -> int:
-        return int(np.isin(np.asarray(self._hashes), np.asarray(other._hashes)).sum())
+        """Samples that `other` has, too."""
+        known, own = other._sorted(), self._sorted()
+        places = np.searchsorted(known, own)
+        return int((known[np.minimum(places, len(known) - 1)] == own).sum()) if len(known) else 0
+
+    def _sorted(self) -> npt.NDArray[np.uint64]:
+        hashes = np.asarray(self._hashes)  # shares the memory
+        hashes.sort()
+        return hashes
 
 
 class _Writer:

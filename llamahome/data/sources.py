@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -99,7 +99,7 @@ def find_sources(
         raise ConfigError(f"unknown format {chosen!r}", where="data.format", fix=f"choose one of auto, {known}")
     found: dict[Path, Source] = {}
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        for file, explicit in _expand(str(path)):
+        for file, explicit in _find(str(path), {COMPRESSED, *extensions, *readers}):
             source = _source(file, explicit, extensions, chosen, readers)
             if source:
                 found.setdefault(source.path or Path(source.name), source)
@@ -110,8 +110,16 @@ def find_sources(
     return list(found.values())
 
 
-def _expand(path: str) -> list[tuple[Path | str, bool]]:
+def _find(path: str, extensions: Set[str]) -> list[tuple[Path | str, bool]]:
     """The files behind a path and whether the user named them one by one; a hub id stays text."""
+    try:
+        return _expand(path, extensions)
+    except (OSError, RuntimeError) as error:  # no permission, too long a name, no such home
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot look for data: {reason}", where=path, fix="check the path") from None
+
+
+def _expand(path: str, extensions: Set[str]) -> list[tuple[Path | str, bool]]:
     place = Path(path).expanduser()
     if place.is_dir():
         return [(file, False) for file in _walk(place)]
@@ -122,7 +130,7 @@ def _expand(path: str) -> list[tuple[Path | str, bool]]:
         files = [file for match in matches for file in (_walk(match) if match.is_dir() else [match])]
         if files:
             return [(file, False) for file in files]
-    elif _HUB_ID.fullmatch(path) and not place.suffix:
+    elif _HUB_ID.fullmatch(path) and place.suffix.lower() not in extensions:
         return [(path, True)]
     raise DataError(
         f"no such file or folder: {place.absolute()}", where=f"working folder {Path.cwd()}", fix="check the path"

@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 # tokens and all of it at 2,048. GPU: matrix products are compute-bound long before.
 ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384}
 _AIM = 0.95  # share of the limit that a new budget is chosen for
-_REFUSE = 1.15  # a plan this far above the limit cannot be right enough to fit
 _RESERVE = 0.02  # share of the host's memory that is left to others under pressure
 _GROW = 1.25  # a budget grows only when so much more would fit
 _WAIT = 3  # observations between a change and a growth
@@ -57,11 +56,12 @@ class MemoryGovernor:
         self._release = release
         self._seen: deque[tuple[int, int]] = deque(maxlen=_WINDOW)
         self._wait = self._out_of_memory = 0
-        if plan.at(self.smallest).total > _REFUSE * limit_bytes:
+        smallest = plan.at(self.smallest)
+        if smallest.live > limit_bytes:  # the tensors are counted exactly, the allocator's share is not
             raise self._too_small()
-        if plan.at(self.smallest).total > limit_bytes:
-            logger.warning("the plan of %s is above the limit of %s; trying",
-                           format_bytes(plan.at(self.smallest).total), format_bytes(limit_bytes))  # fmt: skip
+        if smallest.total > limit_bytes:
+            logger.warning("a plan of %s for a limit of %s: it may not fit",
+                           format_bytes(smallest.total), format_bytes(limit_bytes))  # fmt: skip
         self.token_budget = self._round(plan.max_tokens(_AIM * self._room()))
 
     def observe(self, *, micro_batch_tokens: int, reading: MemoryReading | None = None) -> dict[str, Any] | None:
@@ -78,8 +78,8 @@ class MemoryGovernor:
         room = self._room()
         fits = self._round(self._tokens_within(_AIM * room))
         if self.predict(self.token_budget) > room:
-            pressed = room < self.limit_bytes
-            return self._change(min(fits, self.token_budget), "others use memory" if pressed else "peak above the limit")
+            reason = "others use memory" if room < self.limit_bytes else "peak above the limit"
+            return self._change(min(fits, self.token_budget), reason)
         if self._wait > 0:
             self._wait -= 1
         elif fits >= _GROW * self.token_budget or fits == self.largest > self.token_budget:
@@ -159,7 +159,7 @@ class MemoryGovernor:
             return self.plan.fixed_bytes, 1.0
         slopes = [(q - p) / (y - x) for (x, p), (y, q) in combinations(points, 2) if y >= 1.25 * x]
         slope = median(slopes) if len(slopes) >= 3 else self._single_slope(points)
-        slope = min(4.0, max(0.75, slope))
+        slope = min(4.0, max(0.5, slope))
         return max(peak - slope * x for x, peak in points), slope
 
     def _single_slope(self, points: list[tuple[int, int]]) -> float:

@@ -118,10 +118,9 @@ def resolve_limit(config: Config, device: str, monitor: MemoryMonitor) -> int:
         logger.warning("%s is more than the %s of this machine", key, format_bytes(reading.total_bytes))
     limit = min(sizes[key], reading.total_bytes)
     if limit <= reading.used_bytes:
-        raise MemoryLimitError(
-            f"the limit of {format_bytes(limit)} is below the {format_bytes(reading.used_bytes)} in use before training",
-            where=key, fix=f"allow more than {format_bytes(reading.used_bytes)}",
-        )  # fmt: skip
+        used = format_bytes(reading.used_bytes)
+        raise MemoryLimitError(f"the limit of {format_bytes(limit)} is below the {used} in use before training",
+                               where=key, fix=f"allow more than {used}")  # fmt: skip
     return limit
 
 

@@ -85,9 +85,7 @@ class OOMHandler:
         self.count = 0
         self._retried_step: int | None = None
 
-    def handle(
-        self, error: BaseException, *, micro_batch_tokens: int, step: int | None = None
-    ) -> list[dict[str, Any]]:
+    def handle(self, error: BaseException, *, micro_batch_tokens: int, step: int | None = None) -> list[dict[str, Any]]:
         """Free memory and make the cut smaller; returns the events to record. The caller then runs the step again.
 
         `micro_batch_tokens` are those of the micro-batch that failed, or of the step's largest. At the smallest cut

@@ -1,1 +1,1 @@
-"""What a run says about itself: metrics, sinks, resources, throughput, and the view in the terminal."""
+"""What a run reports: metrics of each step, speed, resources, where they are written and how they are shown."""

@@ -54,6 +54,7 @@ class TrainingLoop:
         self.scaler = torch.amp.GradScaler(self.precision.device, enabled=self.precision.scales_loss)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._oom = OOMHandler(governor) if governor is not None else None
+        self._first_step = state.step
         self._skipped_in_a_row = 0
         self._stop = False
 
@@ -73,6 +74,7 @@ class TrainingLoop:
         """Gradient, check, clip, update; returns the step's record. Raises: NonFiniteError, MemoryLimitError."""
         started = time.perf_counter()
         samples = self.batches.order.samples(self.state.step)
+        self.batches.prefetch(self.state.step, first=self.state.step == self._first_step)
         trained = self.batches.trained_tokens(samples)
         gradient = self._gradient(samples, trained)
         self.scaler.unscale_(self.optimizer)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llamahome.config import Config
+from llamahome.config import Config, parse_size
 from llamahome.errors import Interrupted, LlamaHomeError
 from llamahome.files import publish_folder
+from llamahome.memory.gpu import trim_gpu_cache
 from llamahome.model.export import write_model
 from llamahome.monitor.metrics import StepRecord
 from llamahome.monitor.sinks import MetricSink, build_sinks
@@ -225,6 +226,8 @@ def _record(run: Run, record: StepRecord) -> None:
         sink.write(record)
     if run.view:
         run.view.step(record)
+    if (kept := run.config.memory.gpu_cache_size) is not None:
+        trim_gpu_cache(run.parts.model.device, parse_size(kept))
     for event in run.parts.resources.check():
         _event(run, {"step": run.state.step, **event})
 

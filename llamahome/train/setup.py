@@ -22,7 +22,7 @@ from llamahome.errors import ConfigError, MemoryLimitError, MissingError, UsageE
 from llamahome.memory.governor import MemoryGovernor
 from llamahome.memory.monitor import MemoryMonitor, format_bytes, resolve_limit
 from llamahome.memory.plan import plan_memory
-from llamahome.memory.shape import model_shape
+from llamahome.memory.shape import ModelShape, model_shape
 from llamahome.model import attention
 from llamahome.model.adapters import apply_adapter, enable_checkpointing
 from llamahome.model.compile import compile_layers
@@ -36,6 +36,7 @@ from llamahome.model.load import (
 )
 from llamahome.monitor.metrics import MetricsCollector, load_metrics
 from llamahome.monitor.resources import ResourceMonitor
+from llamahome.monitor.tracker import PerformanceTracker, measure_matmul_peak, training_flops
 from llamahome.train import checkpoint as checkpoints
 from llamahome.train.checkpoint import TrainingState
 from llamahome.train.loop import TrainingLoop
@@ -90,14 +91,18 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
         objective.causal, config.processing.compile_mode, tokens=_tokens_to_train(prepared, state)
     )
     optimizer = build_optimizer(model, config.optimization)
-    resources = ResourceMonitor(folder.path, dict(config.monitor.thresholds.items()))
+    resources = ResourceMonitor(
+        folder.path, dict(config.monitor.thresholds.items()),
+        memory_share=lambda: governor.reading.used_bytes / governor.limit_bytes,
+    )  # fmt: skip
     loop = TrainingLoop(
         model, optimizer, batches, state=state, objective=objective, precision=precision, governor=governor,
         scheduler=build_scheduler(optimizer, config.optimization, state.total_steps),
         max_grad_norm=config.optimization.max_grad_norm, on_nonfinite=config.optimization.on_nonfinite,
         metrics=MetricsCollector(
             metrics=load_metrics(config.training.metrics), memory_limit_bytes=governor.limit_bytes,
-            memory=lambda: governor.reading, gpu_utilization=resources.gpu_utilization,
+            tracker=_tracker(config, shape, model, precision, state),
+            read_memory=lambda: governor.reading, gpu_utilization=resources.gpu_utilization,
         ),
     )  # fmt: skip
     _require_disk(folder, config, model)
@@ -179,6 +184,20 @@ def _governor(
         governor = build(True)
         logger.info("memory is short: processing.gradient_checkpointing is on")
         return governor
+
+
+def _tracker(
+    config: Config, shape: ModelShape, model: Any, precision: Precision, state: TrainingState
+) -> PerformanceTracker:
+    """Throughput, and the share of this machine's measured matrix-product peak that it is."""
+    full = config.training.method == "full"
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    flops = training_flops(
+        shape.linear_parameters, shape.vocabulary * shape.hidden, adapter_parameters=0 if full else trained,
+        trains_base=full,
+    )  # fmt: skip
+    peak = measure_matmul_peak(precision.name, precision.device)
+    return PerformanceTracker(total_steps=state.total_steps, flops=flops, peak_flops=peak)
 
 
 def _require_disk(folder: RunFolder, config: Config, model: Any) -> None:
@@ -284,7 +303,7 @@ def build_batches(config: Config, prepared: Prepared, samples_per_step: int, obj
         max_samples = 1
     pin = config.training.pin_memory and objective.head.weight.device.type == "cuda"
     place = lambda i: prepared.report.place(unpack_place(store.source(i)))  # noqa: E731
-    return StepBatches(store, order, BatchProcessor(store, pin_memory=pin), max_samples, place)
+    return StepBatches(store, order, BatchProcessor(store, pin_memory=pin), max_samples, place, config.training.prefetch_factor)
 
 
 def check_supported(config: Config) -> None:

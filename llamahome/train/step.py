@@ -28,12 +28,18 @@ class StepBatches:
     processor: BatchProcessor
     max_samples: int | None = None
     place: Callable[[int], str] = "sample {}".format
+    read_ahead: int = 2
 
     def cut(self, samples: Ids, token_budget: int | None) -> list[Ids]:
         """Micro-batches of at most `token_budget` tokens, or of `max_samples` samples where no budget is given."""
         if token_budget is None:
             return self.processor.cut(samples, max_samples=self.max_samples or len(samples))
         return self.processor.cut(samples, token_budget=token_budget)
+
+    def prefetch(self, step: int, first: bool) -> None:
+        """Begin to read the samples `read_ahead` steps ahead of `step`; at the `first` step all up to there."""
+        for ahead in range(1 if first else self.read_ahead, self.read_ahead + 1):
+            self.store.prefetch(self.order.samples(step + ahead))
 
     def trained_tokens(self, samples: Ids) -> int:
         """Tokens of these samples that count in the loss."""

@@ -295,6 +295,13 @@ def test_what_is_no_readable_file_is_refused(tmp_path, kind, monkeypatch):
         rows(path)
 
 
+@pytest.mark.parametrize("path", ["x" * 5000, "~no-such-user/data.jsonl", "a\0b.jsonl", ""])
+def test_impossible_paths_are_one_line(path):
+    with pytest.raises(DataError) as caught:
+        find_files(path, settings())
+    assert "\n" not in str(caught.value)
+
+
 def test_a_hub_id_without_a_network_fails_quickly(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sources, "_hub_answers", lambda: False)
@@ -306,8 +313,8 @@ def test_a_hub_dataset_is_read(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_dict({"text": ["a", "b"]})
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(formats, "open_hub_dataset", lambda name: table if name == "org/name:dev" else None)
-    found = list(read_rows(find_files("org/name:dev", settings()), settings(), raises))
+    monkeypatch.setattr(formats, "open_hub_dataset", {"org/name-v1.5:dev": table}.get)
+    found = list(read_rows(find_files("org/name-v1.5:dev", settings()), settings(), raises))
     assert [(row.line, row.fields) for row in found] == [(1, {"text": "a"}), (2, {"text": "b"})]
 
 

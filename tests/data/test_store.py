@@ -45,7 +45,7 @@ def labels_of(documents: Documents) -> list[np.ndarray]:
     return [np.where(trained & (np.arange(len(ids)) > 0), ids, -100) for ids, trained in documents]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     count=st.integers(0, 40),
@@ -72,7 +72,7 @@ def test_documents_come_back(tmp_path_factory, seed, count, vocab_size, shard_by
             assert store.source(i) == 2**64 - 1 - i
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32), shard_bytes=st.sampled_from([500, 1 << 30]), mapped=st.booleans(), data=st.data())
 def test_packed_documents_are_what_they_should_be(tmp_path_factory, seed, shard_bytes, mapped, data) -> None:
     documents = random_documents(20, seed=seed)
@@ -91,7 +91,7 @@ def test_packed_documents_are_what_they_should_be(tmp_path_factory, seed, shard_
     assert trained == (out[1] >= 0).sum()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     width=st.integers(1, 5000),

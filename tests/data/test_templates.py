@@ -47,7 +47,8 @@ GEMMA = (
 )
 QWEN3 = (  # earlier turns lose their reasoning, the last one gets an empty one if it has none
     "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}"
-    "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}{%- for m in messages %}{%- if m.role == 'assistant' %}{%- set content = m.content %}"
+    "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}{%- for m in messages %}"
+    "{%- if m.role == 'assistant' %}{%- set content = m.content %}"
     "{%- set think = '' %}{%- if '</think>' in content %}"
     "{%- set think = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}"
     "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"
@@ -185,6 +186,14 @@ def test_a_token_across_the_beginning_is_not_trained(base):
     tokens = tokenizer.tokenize("user: a.\nassistant: the sea.\n")
     assert "Ġthe" in tokens
     assert trained_texts(tokenizer, chat("a", "the sea")) == [" sea.\n"]
+
+
+def test_a_token_across_the_end_is_trained(base):
+    template = (
+        "{{ messages | length }}{% for m in messages %}{{ m.role + ':' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ 'a.\n' }}{% endfor %}"
+    )
+    assert trained_texts(with_template(base, template), chat("x", " the se")) == [" the sea"]
 
 
 def test_bytes_of_one_character_are_trained_together(base):

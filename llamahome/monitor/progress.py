@@ -1,0 +1,258 @@
+"""What a person sees while a run goes on: a live view on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import IO, TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+_REDRAW_SECONDS = 0.2
+_EVENTS_SHOWN = 4
+_BAR = 24
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+# Line ends beyond ASCII, marks that turn the direction of text around, and halves of characters that cannot be written.
+_ESCAPES |= {
+    code: f"\\u{code:04x}" for code in (*range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+}
+Record = Mapping[str, Any]
+
+
+class Progress(Protocol):
+    """Shows a run. Never raises and never stops the run, whatever happens to the output."""
+
+    def start(self, total_steps: int, step: int = 0) -> None: ...
+    def step(self, record: Record) -> None: ...
+    def event(self, event: Record) -> None: ...
+    def evaluation(self, record: Record) -> None: ...
+    def finish(self, summary: str = "") -> None: ...
+
+
+def build_progress(
+    interval: int = 10, stream: TextIO | None = None, console: Console | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Progress:  # fmt: skip
+    """A live view where `stream` (stdout by default) is a terminal that can redraw, else plain lines.
+
+    `interval`: steps between two plain lines.
+    """
+    stream = stream or sys.stdout
+    dumb = os.environ.get("TERM", "dumb") in ("", "dumb")
+    if console is None and (stream is None or not _is_terminal(stream) or dumb):
+        return PlainProgress(interval, stream, clock)
+    return LiveProgress(console or _console(stream), clock)
+
+
+class Pace:
+    """Steps done and seconds left, at the mean pace of the last steps."""
+
+    def __init__(self, total_steps: int, step: int, clock: Callable[[], float]) -> None:
+        self.total_steps, self.step = total_steps, step
+        self._clock = clock
+        self._marks = deque([(step, clock())], maxlen=21)
+
+    def advance(self, step: int) -> None:
+        self.step = step
+        self._marks.append((step, self._clock()))
+
+    @property
+    def seconds_left(self) -> float | None:
+        (first, began), (last, now) = self._marks[0], self._marks[-1]
+        return (self.total_steps - self.step) * (now - began) / (last - first) if last > first else None
+
+
+class PlainProgress:
+    """One line of plain ASCII per `interval` steps, one per event and evaluation."""
+
+    def __init__(self, interval: int, stream: TextIO | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.interval = interval
+        self._stream, self._clock = stream, clock
+        self._pace = Pace(0, 0, clock)
+
+    def start(self, total_steps: int, step: int = 0) -> None:
+        self._pace = Pace(total_steps, step, self._clock)
+        self._print(f"training {total_steps - step} steps" + (f", from step {step}" if step else ""))
+
+    def step(self, record: Record) -> None:
+        step = int(record["step"])
+        self._pace.advance(step)
+        if step % self.interval == 0 or step == self._pace.total_steps:
+            self._print(", ".join([f"step {step}/{self._pace.total_steps}", *step_parts(record, self._pace)]))
+
+    def event(self, event: Record) -> None:
+        self._print(event_text(event))
+
+    def evaluation(self, record: Record) -> None:
+        self._print(evaluation_text(record))
+
+    def finish(self, summary: str = "") -> None:
+        if summary:
+            self._print(clean(summary))
+
+    def _print(self, line: str) -> None:
+        if self._stream is None:
+            return
+        try:
+            self._stream.write(_encodable(line, self._stream) + "\n")
+            self._stream.flush()
+        except (OSError, ValueError):  # the reader has gone, the disk is full, or the stream is closed
+            _silence(self._stream)
+            self._stream = None
+
+
+class LiveProgress:
+    """A view that redraws in place, from inside of the calls: no thread, five times a second at most."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        from rich.live import Live
+
+        self._console, self._clock = console, clock
+        self._live: Live | None = Live(console=console, auto_refresh=False, transient=False)
+        self._pace = Pace(0, 0, clock)
+        self._record: Record = {}
+        self._evaluation: Record = {}
+        self._events: deque[str] = deque(maxlen=_EVENTS_SHOWN)
+        self._drawn_at = float("-inf")
+
+    def start(self, total_steps: int, step: int = 0) -> None:
+        self._pace = Pace(total_steps, step, self._clock)
+        self._guarded(lambda live: live.start())
+        self._draw(now=True)
+
+    def step(self, record: Record) -> None:
+        self._record = dict(record)
+        self._pace.advance(int(record["step"]))
+        self._draw(now=self._pace.step == self._pace.total_steps)
+
+    def event(self, event: Record) -> None:
+        self._events.append(_encodable(event_text(event), self._console.file))
+        self._draw(now=True)
+
+    def evaluation(self, record: Record) -> None:
+        self._evaluation = dict(record)
+        self._draw(now=True)
+
+    def finish(self, summary: str = "") -> None:
+        if summary:
+            self._events.append(_encodable(clean(summary), self._console.file))
+        self._draw(now=True)
+        self._guarded(lambda live: live.stop())
+        self._live = None
+
+    def _draw(self, now: bool) -> None:
+        time_now = self._clock()
+        if now or time_now - self._drawn_at >= _REDRAW_SECONDS:
+            self._drawn_at = time_now
+            self._guarded(lambda live: live.update(self._view(), refresh=True))
+
+    def _guarded(self, action: Callable[[Any], None]) -> None:
+        if self._live is None:
+            return
+        try:
+            action(self._live)
+        except (OSError, ValueError, SystemExit):  # rich leaves the program when its reader has gone
+            self._live = None
+            _silence(self._console.file)
+
+    def _view(self) -> RenderableType:
+        """Built of Text objects only, so that nothing in them is read as markup."""
+        from rich.console import Group
+        from rich.text import Text
+
+        total, step = self._pace.total_steps, self._pace.step
+        lines = [Text(f"{bar(step / max(1, total))} step {step}/{total}", style="bold")]
+        if self._record:
+            lines.append(Text("  ".join(step_parts(self._record, self._pace, memory=False))))
+            used, limit = self._record.get("memory_peak_bytes"), self._record.get("memory_limit_bytes")
+            if used is not None and limit:
+                style = "red" if used > limit else "yellow" if used > 0.9 * limit else "green"
+                lines.append(Text(f"{bar(used / limit)} memory {memory_text(used, limit)}", style=style))
+        if self._evaluation:
+            lines.append(Text(evaluation_text(self._evaluation), style="cyan"))
+        return Group(*lines, *(Text(event, style="dim") for event in self._events))
+
+
+def step_parts(record: Record, pace: Pace, memory: bool = True) -> list[str]:
+    """The figures of a step as short texts; those that are None are left out."""
+    used, limit, left = record.get("memory_peak_bytes"), record.get("memory_limit_bytes"), pace.seconds_left
+    parts = (
+        ("loss {:.4f}", record.get("loss")),
+        ("lr {:.3g}", record.get("learning_rate")),
+        ("{:,.0f} tokens/s", record.get("tokens_per_second")),
+        ("memory {}", memory_text(used, limit) if memory and used is not None else None),
+        ("{} left", None if left is None else duration(left)),
+    )
+    return [template.format(value) for template, value in parts if value is not None]
+
+
+def event_text(event: Record) -> str:
+    """An event in one clean line."""
+    values = ", ".join(f"{key} {_short(value)}" for key, value in event.items() if key != "event" and value is not None)
+    return clean(f"{event.get('event', 'event')}: {values}" if values else str(event.get("event", "event")))
+
+
+def evaluation_text(record: Record) -> str:
+    names = [name for name in record if str(name).startswith("eval_")]
+    where = f"evaluation at step {record['step']}: " if "step" in record else "evaluation: "
+    return clean(where + ", ".join(f"{name.removeprefix('eval_')} {_short(record[name])}" for name in names))
+
+
+def memory_text(used: float, limit: float | None) -> str:
+    return f"{used / 1e9:.2f} GB" if not limit else f"{used / 1e9:.2f}/{limit / 1e9:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """H:MM:SS."""
+    whole = round(max(0.0, seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def bar(share: float) -> str:
+    filled = round(_BAR * min(1.0, max(0.0, share)))
+    return f"[{'#' * filled}{'.' * (_BAR - filled)}]"
+
+
+def clean(text: str) -> str:
+    """`text` in one line without control characters, so that data cannot steer the terminal."""
+    return text.translate(_ESCAPES)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _encodable(line: str, stream: IO[str]) -> str:
+    """What the stream's encoding lacks becomes a question mark."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return line.encode(encoding, "replace").decode(encoding)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    try:
+        return stream.isatty()
+    except (ValueError, AttributeError):  # closed, or no real stream
+        return False
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    return Console(file=stream, highlight=False, emoji=False)
+
+
+def _silence(stream: Any) -> None:
+    """Point a broken stdout at nothing, or Python complains again when it flushes at exit."""
+    if stream is not sys.stdout:
+        return
+    try:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
+    except (OSError, ValueError, io.UnsupportedOperation):
+        return

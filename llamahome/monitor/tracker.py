@@ -1,0 +1,109 @@
+"""Speed: tokens per second, time left, time lost to data, and the share of the machine's arithmetic that is used."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+WINDOW = 20
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """Floating-point operations of one training step, as 2 for each multiply and add.
+
+    Attention's own products are left out, as is usual (Kaplan et al. 2020): at 512 tokens a tenth for a small model.
+    """
+
+    per_token: float
+    per_trained_token: float
+
+    def of(self, tokens: int, trained_tokens: int) -> float:
+        return tokens * self.per_token + trained_tokens * self.per_trained_token
+
+
+def training_flops(
+    body_parameters: int, head_parameters: int, *, adapter_parameters: int = 0, trains_base: bool = False
+) -> TrainingFlops:
+    """Operations per token from the numbers of weights.
+
+    A weight costs 2 forward and 2 for the gradient of its input; 2 more for its own gradient where it is trained: 6N
+    for full training, 4N + 6 x adapter for adapters. The output projection (`head_parameters`) is applied to trained
+    tokens only. Embeddings cost nothing and belong to neither.
+    """
+    rate = 6 if trains_base else 4
+    return TrainingFlops(rate * body_parameters + 6 * adapter_parameters, rate * head_parameters)
+
+
+class PerformanceTracker:
+    """Keeps the last steps' tokens and times.
+
+    Args:
+        total_steps: steps of the whole run, for `eta_seconds`.
+        flops, peak_flops: operations per step and the machine's limit per second, for `mfu`; None where unknown.
+        window: steps that the means are taken over.
+    """
+
+    def __init__(
+        self, *, total_steps: int | None = None, flops: TrainingFlops | None = None, peak_flops: float | None = None,
+        window: int = WINDOW,
+    ) -> None:  # fmt: skip
+        self.total_steps, self.flops, self.peak_flops = total_steps, flops, peak_flops
+        self._steps: deque[tuple[int, int, float, float]] = deque(maxlen=window)
+
+    def add(self, *, tokens: int, trained_tokens: int, seconds: float, data_wait_seconds: float = 0.0) -> None:
+        """Count a finished step."""
+        self._steps.append((tokens, trained_tokens, seconds, data_wait_seconds))
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Real tokens per second over the window."""
+        tokens, _, seconds, _ = self._sums()
+        return tokens / seconds if seconds > 0 else None
+
+    @property
+    def data_wait_share(self) -> float | None:
+        """Share of the time spent waiting for data, 0 to 1."""
+        _, _, seconds, waiting = self._sums()
+        return waiting / seconds if seconds > 0 else None
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOP utilisation over the window (Chowdhery et al. 2022): operations needed by operations possible."""
+        tokens, trained, seconds, _ = self._sums()
+        if self.flops is None or not self.peak_flops or seconds <= 0:
+            return None
+        return self.flops.of(tokens, trained) / seconds / self.peak_flops
+
+    def eta_seconds(self, step: int) -> float | None:
+        """Seconds left after `step` finished steps, at the window's pace."""
+        if self.total_steps is None or not self._steps:
+            return None
+        return max(0, self.total_steps - step) * self._sums()[2] / len(self._steps)
+
+    def _sums(self) -> tuple[int, int, float, float]:
+        tokens, trained, seconds, waiting = zip((0, 0, 0.0, 0.0), *self._steps, strict=True)
+        return sum(tokens), sum(trained), sum(seconds), sum(waiting)
+
+
+def measure_matmul_peak(dtype: str = "fp32", device: str = "cpu", seconds: float = 0.2) -> float:
+    """The machine's FLOP per second in square matrix products of `dtype` ("fp32", "bf16", "fp16"): the best of many.
+
+    Takes about `seconds`. On a shared machine it is a lower bound.
+    """
+    import torch
+
+    size = 1024 if device == "cpu" else 4096
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    left, right = (torch.ones(size, size, dtype=kind, device=device) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while True:
+        started = time.perf_counter()
+        torch.mm(left, right)
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        best = min(best, now - started)
+        if now + best > end:
+            return 2 * size**3 / best
