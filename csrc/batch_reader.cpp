@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <tuple>
 
 #include "widen.h"
 
@@ -46,6 +47,22 @@ void check_each_once(std::vector<const TokenFile*>& files) {
   std::sort(files.begin(), files.end());
   files.erase(std::unique(files.begin(), files.end()), files.end());
   for (const TokenFile* file : files) file->check_size();
+}
+
+// One request for ranges that lie together: what was shuffled in blocks is read in blocks.
+void merge(std::vector<FileRange>& ranges) {
+  std::sort(ranges.begin(), ranges.end(), [](const FileRange& a, const FileRange& b) {
+    return std::tie(a.file, a.offset) < std::tie(b.file, b.offset);
+  });
+  std::size_t last = 0;
+  for (std::size_t i = 1; i < ranges.size(); ++i) {
+    FileRange& before = ranges[last];
+    if (ranges[i].file == before.file && ranges[i].offset <= before.offset + before.size + kPage)
+      before.size = std::max(before.offset + before.size, ranges[i].offset + ranges[i].size) - before.offset;
+    else
+      ranges[++last] = ranges[i];
+  }
+  ranges.resize(std::min(ranges.size(), last + 1));
 }
 
 }  // namespace
@@ -246,7 +263,7 @@ void BatchReader::prefetch(std::span<const std::int64_t> ids) {
     if (!is_all_trained(documents[i])) file->will_need_runs(documents[i]);
     ranges.push_back({file, kPage + documents[i].token * width, documents[i].length * width});
   }
-  read_ahead(ranges);
+  read_ahead(std::move(ranges));
 }
 
 void BatchReader::prefetch_rows(std::span<const std::int64_t> rows, std::uint64_t width) {
@@ -267,10 +284,10 @@ void BatchReader::prefetch_rows(std::span<const std::int64_t> rows, std::uint64_
     p.file->will_need_runs(p.file->document(numbers[i], scratch));
     ranges.push_back({p.file, kPage + p.first * bytes, p.count * bytes});
   }
-  read_ahead(ranges);
+  read_ahead(std::move(ranges));
 }
 
-void BatchReader::read_ahead(const std::vector<FileRange>& ranges) {
+void BatchReader::read_ahead(std::vector<FileRange> ranges) {
   // A look at a few of them costs less than a request for each that finds everything there.
   constexpr std::size_t kLooks = 4;
   const std::size_t step = ranges.size() / kLooks + 1;
@@ -278,6 +295,7 @@ void BatchReader::read_ahead(const std::vector<FileRange>& ranges) {
   for (std::size_t i = 0; i < ranges.size() && resident; i += step)
     resident = ranges[i].file->resident(ranges[i].offset);
   if (resident) return;
+  merge(ranges);
   ReadAhead* ahead = ahead_.load();
   if (ahead == nullptr || !ahead->is_usable()) {
     // After a fork the parent's object stays as it is: its thread is elsewhere and its mutex may be locked for ever.
@@ -287,8 +305,6 @@ void BatchReader::read_ahead(const std::vector<FileRange>& ranges) {
   ahead->add(ranges);
 }
 
-void BatchReader::verify() const {
-  for (const auto& file : files_) file->verify();
-}
+void BatchReader::verify(std::size_t file) const { files_.at(file)->verify(); }
 
 }  // namespace llamahome

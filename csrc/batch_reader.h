@@ -48,7 +48,8 @@ class BatchReader {
   void prefetch(std::span<const std::int64_t> ids);
   void prefetch_rows(std::span<const std::int64_t> rows, std::uint64_t width);
 
-  void verify() const;
+  // Checks every byte of one file.
+  void verify(std::size_t file) const;
 
  private:
   struct Place {
@@ -71,7 +72,7 @@ class BatchReader {
   void collect(std::span<const std::int64_t> ids, std::span<Value> out, Get get) const;
   std::uint64_t read_piece(const Piece& piece, std::int64_t* ids, std::int64_t* labels, Scratch& tokens,
                            Scratch& index) const;
-  void read_ahead(const std::vector<FileRange>& ranges);
+  void read_ahead(std::vector<FileRange> ranges);
 
   std::vector<std::unique_ptr<TokenFile>> files_;
   std::vector<std::uint64_t> first_document_{0};

@@ -183,7 +183,7 @@ void bind_reader(nb::module_& m) {
           "prefetch_rows",
           [](BatchReader& self, const Ids& rows, std::uint64_t width) { self.prefetch_rows(as_span(rows), width); },
           "rows"_a.noconvert(), "width"_a, NoGil())
-      .def("verify", &BatchReader::verify, NoGil(), "Checks every byte of every shard.");
+      .def("verify", &BatchReader::verify, "shard"_a, NoGil(), "Checks every byte of one shard.");
 }
 
 void bind_writer(nb::module_& m) {
@@ -201,9 +201,10 @@ void bind_writer(nb::module_& m) {
 }
 
 void bind_order_and_packing(nb::module_& m) {
-  nb::class_<SampleOrder>(m, "SampleOrder", "A permutation of [0, size) fixed by (seed, epoch), in O(1) memory.")
-      .def(nb::init<std::uint64_t, std::uint64_t, std::uint64_t, bool>(), "size"_a, "seed"_a, "epoch"_a,
-           "shuffle"_a = true)
+  nb::class_<SampleOrder>(m, "SampleOrder",
+                          "The samples of an epoch, [0, size) in an order fixed by (seed, epoch), in O(1) memory.")
+      .def(nb::init<std::uint64_t, std::uint64_t, std::uint64_t, bool, std::uint64_t>(), "size"_a, "seed"_a, "epoch"_a,
+           "shuffle"_a = true, "block"_a = 0)
       .def(
           "fill",
           [](const SampleOrder& self, std::uint64_t start, const Array<std::int64_t>& out) {

@@ -1,6 +1,6 @@
 """A callback of your own: stop when the loss is low enough, and keep a diary.
 
-    llamahome train data.jsonl --set 'training.callbacks=[examples.custom_callback:Diary]'
+llamahome train data.jsonl --set 'training.callbacks=[examples.custom_callback:Diary]'
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ class BatchReader:
 
     def prefetch_rows(self, rows: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], width: int) -> None: ...
 
-    def verify(self) -> None:
-        """Checks every byte of every shard."""
+    def verify(self, shard: int) -> None:
+        """Checks every byte of one shard."""
 
 class TokenFileWriter:
     """Writes one shard of a token store."""
@@ -75,9 +75,11 @@ class TokenFileWriter:
     def index_bytes(self) -> int: ...
 
 class SampleOrder:
-    """A permutation of [0, size) fixed by (seed, epoch), in O(1) memory."""
+    """
+    The samples of an epoch, [0, size) in an order fixed by (seed, epoch), in O(1) memory.
+    """
 
-    def __init__(self, size: int, seed: int, epoch: int, shuffle: bool = True) -> None: ...
+    def __init__(self, size: int, seed: int, epoch: int, shuffle: bool = True, block: int = 0) -> None: ...
 
     def fill(self, start: int, out: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None:
         """Writes the samples at positions start, start + 1, ..."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
@@ -64,14 +66,14 @@ def train(data: str | None, model: str | None, output: Path | None, eval_data: s
         values: dict[str, object] = {key: str(value) for key, value in paths.items() if value is not None}
         config = _config(given, values)
         if config.training.retries:
-            _supervise(config)
+            _supervise(config, Path(config.training.output))
         from llamahome.train.demo import demo_config, talk
         from llamahome.train.run import train as run_training
 
         hooks = {}
         if config.data.path is None:
             config = demo_config(config, given["overrides"])
-            hooks = {"before": talk("before", click.echo), "after": talk("after", click.echo)}
+            hooks = {"before": talk("before", _print), "after": talk("after", _print)}
         _finish(run_training(config, view=_view(config), signals=signals, **hooks))
 
 
@@ -83,9 +85,14 @@ def train_resume(checkpoint: Path, **given: Any) -> None:
     from llamahome.train.signals import StopSignal
 
     with StopSignal() as signals:
-        from llamahome.train.run import resume
+        from llamahome.train.checkpoint import run_of
+        from llamahome.train.run import resume, resumed_config
 
-        _finish(resume(checkpoint, _overrides(given), given["config_file"], view=_view, signals=signals))
+        changes = _overrides(given), given["config_file"]
+        config = resumed_config(checkpoint, *changes)
+        if config.training.retries:
+            _supervise(config, run_of(checkpoint))
+        _finish(resume(checkpoint, *changes, view=_view, signals=signals))
 
 
 @cli.command("train-eval")
@@ -102,17 +109,16 @@ def train_eval(model: str, data: str, output: Path | None, as_json: bool, **give
     from llamahome.train.evaluate import evaluate
 
     figures = {"model": model, "data": data, **asdict(evaluate(model, data, _config(given)))}
-    target = output or Path(model) / "evaluation.json"
-    if output or Path(model).is_dir():
-        write_json(target, figures)
     if as_json:
-        click.echo(json.dumps(figures))
+        _print(json.dumps(figures))
     else:
-        click.echo(
+        _print(
             f"loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.3f}, "
             f"token accuracy {figures['token_accuracy']:.2%} "
             f"({figures['trained_tokens']:,} trained tokens in {figures['samples']:,} samples)"
         )
+    if output or Path(model).is_dir():
+        write_json(output or Path(model) / "evaluation.json", figures)
 
 
 @cli.command()
@@ -125,7 +131,7 @@ def merge(adapter: Path, output: Path, dtype: str | None, **given: Any) -> None:
     from llamahome.model.export import merge_adapter
 
     config = _config(given)
-    click.echo(merge_adapter(adapter, output, config.model, dtype=dtype, cache_dir=config.cache.dir))
+    _print(str(merge_adapter(adapter, output, config.model, dtype=dtype, cache_dir=config.cache.dir)))
 
 
 @cli.group()
@@ -145,9 +151,9 @@ def data_check(path: str, model: str | None, as_json: bool, **given: Any) -> Non
 
     config = _config(given, {"model.name": model} if model else {})
     report = check(path, load_tokenizer(resolve_model(None, config.model, config.cache.dir)), config=config)
-    click.echo(json.dumps(report.to_dict()) if as_json else report.to_text())
+    _print(json.dumps(report.to_dict()) if as_json else report.to_text())
     if report.faults:
-        sys.exit(3)
+        raise click.exceptions.Exit(3)
 
 
 @cli.group()
@@ -158,11 +164,13 @@ def cache() -> None:
 @cache.command("ls")
 @_settings
 def cache_ls(**given: Any) -> None:
-    """List the entries."""
+    """List the entries: key, size, and when each was last used."""
     from llamahome.data.cache import Cache
+    from llamahome.memory.monitor import format_bytes
 
     for entry in Cache.from_config(_config(given)).entries():
-        click.echo(entry)
+        age = _age(time.time() - entry.last_used) + " ago" + (", in use" if entry.in_use else "")
+        _print(f"{entry.key}  {format_bytes(entry.bytes):>8}  {age}")
 
 
 @cache.command("clear")
@@ -171,31 +179,45 @@ def cache_clear(**given: Any) -> None:
     """Delete every entry that no run uses."""
     from llamahome.data.cache import Cache
 
-    click.echo(f"{len(Cache.from_config(_config(given)).clear())} entries deleted")
+    count = len(Cache.from_config(_config(given)).clear())
+    _print(f"{count} {'entry' if count == 1 else 'entries'} deleted")
 
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a text that the locale cannot show ends no run
+    code = _run()
     try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        if sys.stdout is not None:  # closed before we began
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        # The reader of stdout went away; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Exit code of the command; what went wrong is on stderr."""
+    try:
+        return int(cli.main(standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        _say(error.format_message())
+        return error.exit_code
     except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
+        context = getattr(error, "ctx", None)
+        more = f"; see {context.command_path} --help" if context else ""
+        return _fail(error.format_message().rstrip(".") + more, error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        _fail("stopped", 130)
+        return _fail("stopped", 130)
     except ConfigError as error:
         _explain()
         for fault in error.faults:
-            _say(f"error: {fault}")
-        sys.exit(error.exit_code)
+            _fail(fault, error.exit_code)
+        return error.exit_code
     except LlamaHomeError as error:
         _explain()
-        _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        # The reader of stdout went away; Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        return _fail(str(error), error.exit_code)
 
 
 def _config(given: dict[str, Any], values: dict[str, object] | None = None) -> Config:
@@ -218,16 +240,16 @@ def _view(config: Config) -> Any:
 
 def _finish(result: Any) -> None:
     for line in result.summary():
-        click.echo(line)
+        _print(line)
 
 
-def _supervise(config: Config) -> None:
+def _supervise(config: Config, run: Path) -> None:
     """Run this command in a process of its own and start it again when it is killed."""
     from llamahome.train.recovery import supervise
 
-    run = Path(config.training.output)
     once = ["--set", "training.retries=0"]
-    sys.exit(supervise([*sys.argv[1:], *once], ["train-resume", str(run), *once], run, config.training.retries))
+    code = supervise([*sys.argv[1:], *once], ["train-resume", str(run), *once], run, config.training.retries)
+    raise click.exceptions.Exit(code)
 
 
 class _Lines(logging.Handler):
@@ -252,13 +274,27 @@ def _explain() -> None:
         traceback.print_exc()
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> int:
     _say("error: " + " ".join(message.split()))
-    sys.exit(code)
+    return code
 
 
 def _say(line: str) -> None:
+    _print(line, sys.stderr)
+
+
+def _print(line: str, stream: TextIO | None = None) -> None:
+    """A line for whoever still reads; nobody's absence stops a run."""
     try:
-        print(line, file=sys.stderr, flush=True)
-    except (BrokenPipeError, ValueError):
+        print(line, file=stream or sys.stdout, flush=True)
+    except (OSError, ValueError):
         return
+
+
+def _age(seconds: float) -> str:
+    """The time in its largest unit."""
+    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}{'s' if count > 1 else ''}"
+    return "less than a minute"

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from llamahome.errors import StorageError
 
 _TEMPORARY = ".tmp-"
 _DELETED = ".del-"
+_REPLACED = ".old-"  # whole until its successor is in place
+_LEFTOVER = re.compile(r"\.(?P<name>.+)(?P<mark>\.(tmp|del|old)-)(?P<pid>\d+)")
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -44,9 +47,11 @@ def write_json(path: Path, content: Any) -> None:
 def publish_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill; it becomes `path` when the block ends well and vanishes when it does not.
 
-    Every file is on disk before the rename. An existing `path` is replaced. Raises: StorageError.
+    Every file is on disk before the rename. An existing `path` is replaced; a process that dies between the two
+    renames leaves the old one to `remove_leftovers`, which puts it back. Raises: StorageError.
     """
     temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}")
+    replaced = path.with_name(f".{path.name}{_REPLACED}{os.getpid()}")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -54,12 +59,17 @@ def publish_folder(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             sync_tree(temporary)
-            remove_folder(path)
+            if path.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                path.rename(replaced)
             temporary.rename(path)
             sync_folder(path.parent)
         except BaseException:
+            if replaced.exists() and not path.exists():
+                replaced.rename(path)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
@@ -67,17 +77,31 @@ def remove_folder(path: Path) -> None:
     if not path.exists():
         return
     doomed = path.with_name(f".{path.name}{_DELETED}{os.getpid()}")
+    shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what writers that no longer run have left behind in `folder`."""
+def remove_leftovers(folder: Path, *, locked: bool = False) -> None:
+    """Delete what writers that no longer run have left behind in `folder`.
+
+    With `locked` the caller keeps all other writers out, and whatever process id a leftover carries, it is one.
+    """
     for path in folder.glob(".*"):
-        for mark in (_TEMPORARY, _DELETED):
-            _, found, pid = path.name.rpartition(mark)
-            if found and pid.isdigit() and not _runs(int(pid)):
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        found = _LEFTOVER.fullmatch(path.name)
+        if not found or (not locked and _runs(int(found["pid"]))):
+            continue
+        if found["mark"] == _REPLACED and not (folder / found["name"]).exists():
+            path.rename(folder / found["name"])
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether the name is one that a writer here gives to what is not complete."""
+    return bool(_LEFTOVER.fullmatch(path.name))
 
 
 def sync_tree(folder: Path) -> None:

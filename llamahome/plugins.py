@@ -30,7 +30,9 @@ def load_object(name: str, *, key: str, known: Mapping[str, Any] | None = None) 
         for part in attribute.split("."):
             found = getattr(found, part)
     except Exception as error:  # the user's module may raise anything
-        raise ConfigError(f"cannot load {name!r}: {error}", where=key, fix="check the module's name and run it alone") from error
+        raise ConfigError(
+            f"cannot load {name!r}: {error}", where=key, fix="check the module's name and run it alone"
+        ) from error
     return found
 
 

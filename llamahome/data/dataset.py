@@ -28,15 +28,24 @@ class StepOrder:
     """The samples of every optimizer step of a run: a function of (seed, step) and of nothing else.
 
     Each epoch has every sample once, in an order of its own. Takes no memory; any step is found in O(1).
+
+    block > 0 (a divisor of 1024) is for cold disks and mounted object stores: blocks of so many neighbouring samples
+    are shuffled over the epoch, then single samples within windows of 1024. A block stays within a window, so it is
+    read once and together; two samples in a row are of the same block with a probability of about block / 1024.
     """
 
-    def __init__(self, num_samples: int, samples_per_step: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self, num_samples: int, samples_per_step: int, seed: int, shuffle: bool = True, block: int = 0
+    ) -> None:
         if num_samples < 1 or samples_per_step < 1:
             raise ValueError(f"{num_samples} samples in steps of {samples_per_step}: both must be at least 1")
+        if block < 0 or (block and _WINDOW % block):
+            raise ValueError(f"block {block} is not a divisor of {_WINDOW}")
         self.num_samples = num_samples
         self.samples_per_step = samples_per_step
         self.seed = seed
         self.shuffle = shuffle
+        self.block = block
 
     @property
     def steps_per_epoch(self) -> int:
@@ -51,7 +60,7 @@ class StepOrder:
         """Sample ids at positions start, start + 1, ... of an epoch; fewer than `count` at its end."""
         out = np.empty(max(0, min(count, self.num_samples - start)), np.int64)
         # Seeds may be any integer; the order takes their low 64 bits.
-        order = _C.SampleOrder(self.num_samples, self.seed % (1 << 64), epoch, self.shuffle)
+        order = _C.SampleOrder(self.num_samples, self.seed % (1 << 64), epoch, self.shuffle, self.block)
         order.fill(min(start, self.num_samples), out)
         return out
 
@@ -87,12 +96,15 @@ class StreamingDataset(IterableDataset[Item]):
         length: int = 0,
         seed: int = 42,
         shuffle: bool = True,
+        block: int = 0,
         rank: int = 0,
         world_size: int = 1,
         batch_size: int = 1,
         read_ahead: int = 1000,
     ) -> None:
-        """`read_ahead`: items to ask from the disk before they are needed, in whole windows of 1024; 0: none."""
+        """`block`: as in StepOrder, 0 for an even shuffle. `read_ahead`: items to ask from the disk before they are
+        needed, in whole windows of 1024; 0: none.
+        """
         super().__init__()
         if rows not in ("samples", "packed", "fixed"):
             raise ValueError(f"rows is {rows!r}, not 'samples', 'packed' or 'fixed'")
@@ -104,7 +116,7 @@ class StreamingDataset(IterableDataset[Item]):
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
         self.read_ahead = read_ahead
         self._count = store.num_rows(length) if rows == "fixed" else len(store)
-        self._order = StepOrder(max(self._count, 1), 1, seed, shuffle)
+        self._order = StepOrder(max(self._count, 1), 1, seed, shuffle, block)
         self._epoch = 0
         self._position = 0  # items that all ranks together have had of this epoch
         self._window = (0, 0)  # packed rows: first sample of the window that holds the position, and its first item
@@ -151,12 +163,14 @@ class StreamingDataset(IterableDataset[Item]):
             "num_samples": self._count,
             "length": self.length,
             "seed": self._order.seed,
+            "shuffle": int(self._order.shuffle),
+            "block": self._order.block,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at a position. Raises: CheckpointError when it belongs to another data set, length or seed."""
         own = self.state_dict()
-        for key in ("num_samples", "length", "seed"):
+        for key in ("num_samples", "length", "seed", "shuffle", "block"):
             if state[key] != own[key]:
                 raise CheckpointError(
                     f"the saved position has {key} {state[key]}, this dataset {own[key]}",

@@ -102,7 +102,7 @@ def find_sources(
         for file, explicit in _find(str(path), {COMPRESSED, *extensions, *readers}):
             source = _source(file, explicit, extensions, chosen, readers)
             if source:
-                found.setdefault(source.path or Path(source.name), source)
+                found.setdefault((source.path or Path(source.name)).absolute(), source)
     if not found:
         where = ", ".join(map(str, [paths] if isinstance(paths, str | Path) else paths))
         known = ", ".join(sorted({*extensions, *readers}))
@@ -120,6 +120,8 @@ def _find(path: str, extensions: Set[str]) -> list[tuple[Path | str, bool]]:
 
 
 def _expand(path: str, extensions: Set[str]) -> list[tuple[Path | str, bool]]:
+    if not path:
+        raise DataError("the path is empty", fix="name a file, folder, glob or hub id")
     place = Path(path).expanduser()
     if place.is_dir():
         return [(file, False) for file in _walk(place)]

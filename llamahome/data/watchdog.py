@@ -28,6 +28,7 @@ class Watchdog:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._call: tuple[int, float] | None = None  # thread and deadline of the running call
+        self._fired = False
         self._thread = threading.Thread(target=self._watch, name="llamahome-watchdog", daemon=True)
 
     def __enter__(self) -> Self:
@@ -48,11 +49,20 @@ class Watchdog:
         finally:
             with self._lock:
                 self._call = None
+                if self._fired:  # it may not have arrived yet
+                    self._fired = False
+                    _raise_in(threading.get_ident(), None)
 
     def _watch(self) -> None:
         while not self._stopped.wait(_POLL_SECONDS):
             with self._lock:
                 if self._call is None or time.monotonic() < self._call[1]:
                     continue
-                thread, self._call = self._call[0], None
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TimeLimit))
+                thread, self._call, self._fired = self._call[0], None, True
+                _raise_in(thread, TimeLimit)
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Raise an exception in another thread at its next bytecode; None takes back one that has not arrived."""
+    value = ctypes.py_object(error) if error else ctypes.py_object()
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), value)

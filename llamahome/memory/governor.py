@@ -56,6 +56,7 @@ class MemoryGovernor:
         self._release = release
         self._seen: deque[tuple[int, int]] = deque(maxlen=_WINDOW)
         self._wait = self._out_of_memory = 0
+        self._warned = False
         smallest = plan.at(self.smallest)
         if smallest.live > limit_bytes:  # the tensors are counted exactly, the allocator's share is not
             raise self._too_small()
@@ -127,6 +128,10 @@ class MemoryGovernor:
     def _change(self, budget: int, reason: str) -> dict[str, Any] | None:
         before, self.token_budget = self.token_budget, budget
         if budget == before:
+            if not self._warned:
+                logger.warning("%s at the smallest cut of %d tokens: %s of %s", reason, budget,
+                               format_bytes(self.reading.peak_bytes), format_bytes(self.limit_bytes))  # fmt: skip
+                self._warned = True
             return None
         self._wait = _WAIT
         if budget < before:

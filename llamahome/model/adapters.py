@@ -87,6 +87,21 @@ def enable_checkpointing(model: Any) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})
 
 
+@contextmanager
+def without_input_casts(model: Any, active: bool) -> Iterator[None]:
+    """Under autocast adapters need no fp32 copy of their input, which PEFT makes for each of them.
+
+    Keep it over forward and backward: activation checkpointing runs the forward pass again.
+    """
+    if not active or not hasattr(model, "peft_config"):
+        yield
+        return
+    from peft.helpers import disable_input_dtype_casting
+
+    with disable_input_dtype_casting(model):
+        yield
+
+
 def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
     """The adapter's tensors by their names in PEFT's files, contiguous, without the base model's."""
     from peft import get_peft_model_state_dict

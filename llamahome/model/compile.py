@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from llamahome.memory.oom import is_oom
 
 logger = logging.getLogger(__name__)
 Mode = Literal["none", "auto", "default", "reduce-overhead", "max-autotune"]
@@ -15,11 +18,12 @@ Mode = Literal["none", "auto", "default", "reduce-overhead", "max-autotune"]
 _WORTH_TOKENS = 500_000
 
 
-def compile_layers(causal: Any, mode: Mode, *, tokens: int) -> str:
+def compile_layers(causal: Any, mode: Mode, *, tokens: int, trial: Callable[[], None]) -> str:
     """Compile every decoder layer of a transformers model in place; returns the mode that is in force.
 
     `auto` compiles when the run has at least half a million tokens and a compiler is there. Shapes are dynamic: a
-    new number of tokens compiles nothing.
+    new number of tokens compiles nothing. `trial` runs the model forward and backward once: torch compiles at the
+    first call, and a compiler that fails there costs a warning, not the run.
     """
     if mode == "auto":
         mode = "default" if tokens >= _WORTH_TOKENS and compiler_works() else "none"
@@ -30,15 +34,22 @@ def compile_layers(causal: Any, mode: Mode, *, tokens: int) -> str:
         mode = "default"
     # The first layer would be compiled a second time for an input without gradient.
     causal.enable_input_require_grads()
-    for layer in decoder_layers(causal):
+    layers = decoder_layers(causal)
+    for layer in layers:
         layer.compile(dynamic=True, mode=None if mode == "default" else mode)
+    try:
+        trial()
+    except Exception as error:  # dynamo, inductor and the C++ compiler each raise their own kinds
+        if is_oom(error):
+            raise
+        logger.warning(
+            "compiling failed, the run goes on without: %s",
+            (str(error).strip().splitlines() or [type(error).__name__])[0],
+        )
+        for layer in layers:
+            layer._compiled_call_impl = None
+        return "none"
     return mode
-
-
-def uncompile_layers(causal: Any) -> None:
-    """Back to eager execution, after compiling failed."""
-    for layer in decoder_layers(causal):
-        layer._compiled_call_impl = None
 
 
 def decoder_layers(causal: Any) -> list[nn.Module]:

@@ -45,7 +45,7 @@ class JsonlSink:
             os.write(self._file, b"\n")
 
     def write(self, record: Mapping[str, Any], /) -> None:
-        line = json.dumps(_plain(record), ensure_ascii=False, separators=(", ", ": ")).encode(errors="replace") + b"\n"
+        line = json.dumps(_plain(record)).encode() + b"\n"
         size = os.fstat(self._file).st_size
         try:
             written = os.write(self._file, line)
@@ -192,7 +192,9 @@ def _plain(value: Any) -> Any:
     """`value` as JSON can hold it: numbers that are not finite are None, unknown objects their text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()  # halves of characters are no valid JSON
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}

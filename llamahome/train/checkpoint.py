@@ -21,11 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llamahome.errors import CheckpointError
-from llamahome.files import publish_folder, remove_folder, sha256, write_json
+from llamahome.files import publish_folder, remove_folder, sha256, storage_errors, write_json
 
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
+_SUPERSEDED = ".superseded"
+_REQUIRED = ("optimizer.safetensors", "rng.safetensors", "training_state.json")
 
 
 @dataclass
@@ -63,7 +65,7 @@ def save_checkpoint(
         save_file(random_tensors, folder / "rng.safetensors")
         content = {
             **asdict(state),
-            "optimizer": plain,
+            "optimizer": {"type": type(optimizer).__name__, "values": plain},
             "scheduler": {"last_epoch": scheduler.last_epoch},
             "scaler": scaler.state_dict() if scaler is not None else {},
             "rng": random_plain,
@@ -92,6 +94,10 @@ def fault_of(checkpoint: Path, *, content: bool = True) -> str | None:
         manifest = json.loads((checkpoint / "manifest.json").read_bytes())
         if manifest["format"] != FORMAT_VERSION:
             return f"format {manifest['format']} is not {FORMAT_VERSION}"
+        if _step(checkpoint) not in (-1, manifest["step"]):
+            return f"it is of step {manifest['step']}"
+        if missing := [name for name in _REQUIRED if name not in manifest["files"]]:
+            return f"manifest.json does not list {missing[0]}"
         for name, expected in manifest["files"].items():
             path = checkpoint / name
             if not path.resolve().is_relative_to(checkpoint.resolve()):
@@ -104,7 +110,7 @@ def fault_of(checkpoint: Path, *, content: bool = True) -> str | None:
                 return f"{name} is damaged (SHA-256 differs)"
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest.json cannot be read: {error}"
     return None
 
@@ -115,31 +121,52 @@ def checkpoints(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def run_of(path: Path) -> Path:
+    """The run folder that `path` is, or that holds the checkpoint `path`.
+
+    Raises: CheckpointError when it is neither.
+    """
+    path = path.expanduser().resolve()
+    if not path.is_dir():
+        raise CheckpointError("no such folder", where=str(path), fix="name a run or checkpoint folder")
+    if _is_checkpoint(path):
+        return path.parent
+    if not checkpoints(path):
+        raise CheckpointError("it holds no checkpoint-N folder", where=str(path), fix="name a run or checkpoint folder")
+    return path
+
+
 def newest_good(path: Path) -> Path:
-    """The checkpoint `path` itself, or the newest good one of the run folder `path`.
+    """The newest good checkpoint of the run folder `path`; of a checkpoint itself, or the newest good one before it.
 
     Raises: CheckpointError when there is none, with the fault of each.
     """
-    if not path.is_dir():
-        raise CheckpointError("no such folder", where=str(path.absolute()), fix="name a run or checkpoint folder")
-    if _NAME.fullmatch(path.name) or (path / "training_state.json").exists():
-        candidates, fallback = [path], False
-        run = path.parent
-        if fault_of(path) is not None and _NAME.fullmatch(path.name):
-            older = [p for p in checkpoints(run) if _step(p) < _step(path)]
-            candidates, fallback = [*older, path], True
-    else:
-        candidates, fallback = checkpoints(path), True
+    run, path = run_of(path), path.expanduser().resolve()
+    candidates = checkpoints(run)
+    if path != run:
+        candidates = [*(other for other in candidates if _step(other) < _step(path)), path]
     faults = []
     for candidate in reversed(candidates):
         fault = fault_of(candidate)
         if fault is None:
             return candidate
         faults.append(f"{candidate.name}: {fault}")
-        if fallback:
+        if len(faults) < len(candidates):
             logger.warning("%s is not usable (%s); trying the one before", candidate, fault)
-    reason = "; ".join(faults) or "it holds no checkpoint-N folder"
-    raise CheckpointError(f"no usable checkpoint: {reason}", where=str(path), fix="start a new run, or restore a copy")
+    raise CheckpointError(
+        f"no usable checkpoint: {'; '.join(faults)}", where=str(run), fix="start a new run, or restore a copy"
+    )
+
+
+def set_aside_after(checkpoint: Path) -> None:
+    """Rename the run's checkpoints of later steps: it goes on from this one, and they are no part of it any more."""
+    for path in checkpoints(checkpoint.parent):
+        if 0 <= _step(checkpoint) < _step(path):
+            target = path.with_name(path.name + _SUPERSEDED)
+            with storage_errors(path):
+                remove_folder(target)
+                path.rename(target)
+            logger.warning("%s is set aside as %s: the run goes on from %s", path.name, target.name, checkpoint.name)
 
 
 def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
@@ -162,7 +189,14 @@ def restore(
     from llamahome.model.export import read_weights
 
     read_weights(model, checkpoint)
-    unpack_optimizer(model, optimizer, load_file(checkpoint / "optimizer.safetensors"), rest["optimizer"])
+    saved, used = rest["optimizer"]["type"], type(optimizer).__name__
+    if saved != used:
+        raise CheckpointError(
+            f"the optimizer's state is {saved}'s, not {used}'s", where=str(checkpoint),
+            fix="resume with the run's optimization.optimizer",
+        )  # fmt: skip
+    tensors = load_file(checkpoint / "optimizer.safetensors")
+    unpack_optimizer(model, optimizer, tensors, rest["optimizer"]["values"])
     scheduler.last_epoch = rest["scheduler"]["last_epoch"]
     for group, base, shape in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * shape(scheduler.last_epoch)
@@ -182,7 +216,9 @@ def retain(run: Path, keep_last: int) -> None:
             logger.warning("cannot delete the old %s: %s", path, error)
 
 
-def pack_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def pack_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors by `parameter name|state name`, and the rest as plain values."""
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, Any] = {}
@@ -203,23 +239,27 @@ def unpack_optimizer(
     for full_name, value in {**tensors, **plain}.items():
         name, _, key = full_name.rpartition("|")
         parameter = parameters.get(name)
-        scalar_or_alike = not isinstance(value, torch.Tensor) or value.dim() == 0 or (
-            parameter is not None and _fits(optimizer, value, parameter)
-        )  # fmt: skip
-        if parameter is None or not scalar_or_alike:
+        if parameter is None or not _fits(optimizer, key, value, parameter):
             raise CheckpointError(
                 f"optimizer state {full_name!r} does not fit this model",
                 where="optimizer.safetensors", fix="resume with the model, method and LoRA settings of the run",
             )  # fmt: skip
-        if isinstance(value, torch.Tensor) and value.dim():
+        # A fused optimizer counts its steps on the parameter's device.
+        if isinstance(value, torch.Tensor) and (value.dim() or optimizer.defaults.get("fused")):
             value = value.to(parameter.device)
         optimizer.state[parameter][key] = value
 
 
-def _fits(optimizer: torch.optim.Optimizer, value: torch.Tensor, parameter: torch.Tensor) -> bool:
-    # Adafactor keeps one vector for rows and one for columns.
-    factored = isinstance(optimizer, torch.optim.Adafactor)
-    return value.shape == parameter.shape or (factored and value.dim() <= parameter.dim())
+def _fits(optimizer: torch.optim.Optimizer, key: str, value: Any, parameter: torch.Tensor) -> bool:
+    """Whether a state has the shape that torch's optimizers give it; what others keep is theirs to know."""
+    if not isinstance(value, torch.Tensor) or not type(optimizer).__module__.startswith("torch."):
+        return True
+    shape = parameter.shape
+    if key == "step":
+        return value.dim() == 0
+    if isinstance(optimizer, torch.optim.Adafactor) and len(shape) > 1:
+        return list(value.shape) == {"row_var": [*shape[:-1], 1], "col_var": [*shape[:-2], 1, shape[-1]]}.get(key)
+    return value.shape == shape
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -245,6 +285,10 @@ def unpack_rng(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = plain["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return bool(_NAME.fullmatch(path.name)) or (path / "training_state.json").exists()
 
 
 def _step(path: Path) -> int:

@@ -13,6 +13,7 @@ import torch
 from llamahome.data.batch import BatchProcessor
 from llamahome.data.store import TokenStore
 from llamahome.errors import DataError
+from llamahome.model.adapters import without_input_casts
 from llamahome.train.objective import Objective, build_objective, evaluating
 from llamahome.train.precision import Precision, resolve_precision
 
@@ -42,7 +43,8 @@ def evaluate_store(
     samples = np.arange(min(len(store), max_samples or len(store)), dtype=np.int64)
     processor = BatchProcessor(store)
     loss, correct = torch.zeros((), dtype=torch.float64), 0
-    with evaluating(objective.model), precision.autocast():
+    model = objective.model
+    with evaluating(model), without_input_casts(model, precision.lowers), precision.autocast():
         for ids in processor.cut(samples, token_budget=token_budget):
             part_loss, part_correct = objective.statistics(processor.build(ids))
             loss += part_loss.double().cpu()

@@ -12,6 +12,7 @@ import torch
 from llamahome.errors import NonFiniteError
 from llamahome.memory.governor import MemoryGovernor
 from llamahome.memory.oom import OOMHandler, is_oom
+from llamahome.model.adapters import without_input_casts
 from llamahome.monitor.metrics import MetricsCollector, StepRecord
 from llamahome.train.checkpoint import TrainingState
 from llamahome.train.objective import Objective, build_objective
@@ -113,7 +114,10 @@ class TrainingLoop:
             seed_step(self.state.seed, self.state.step)
             cut = self.batches.cut(samples, self._budget())
             try:
-                return accumulate(self._forward, cut, self.batches.processor.build, max(1, trained), self.scaler.scale)
+                with without_input_casts(self.model, self.precision.lowers):
+                    return accumulate(
+                        self._forward, cut, self.batches.processor.build, max(1, trained), self.scaler.scale
+                    )
             except Exception as error:
                 if self._oom is None or not is_oom(error):
                     raise

@@ -103,9 +103,7 @@ def decode(causal: Any, batch: MicroBatch) -> Tensor:
         lengths |= {"max_length_q": longest, "max_length_k": longest}
     elif implementation != "llamahome":
         lengths = {}
-    output = causal.base_model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **lengths
-    )
+    output = causal.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **lengths)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
@@ -129,9 +127,7 @@ def flat_row(samples: list[list[int]]) -> MicroBatch:
     )
 
 
-def respects_boundaries(
-    objective: Objective, batch_of: Callable[[list[list[int]]], MicroBatch] = flat_row
-) -> bool:
+def respects_boundaries(objective: Objective, batch_of: Callable[[list[list[int]]], MicroBatch] = flat_row) -> bool:
     """Whether two samples packed in one row leave each other alone, tried on a few tokens."""
     first, second = [[5, 6, 7, 8, 9], [9, 8, 7, 6]]
     with evaluating(objective.model), torch.no_grad():

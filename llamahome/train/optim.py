@@ -53,7 +53,9 @@ SCHEDULES: dict[str, Schedule] = {
 
 Groups = Iterable[dict[str, Any]]
 OPTIMIZERS: dict[str, Callable[[Groups, OptimizationSettings], torch.optim.Optimizer]] = {
-    "adamw": lambda groups, s: torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.betas[0], s.betas[1]), eps=s.eps, fused=True),
+    "adamw": lambda groups, s: torch.optim.AdamW(
+        groups, lr=s.learning_rate, betas=(s.betas[0], s.betas[1]), eps=s.eps, fused=True
+    ),
     "sgd": lambda groups, s: torch.optim.SGD(groups, lr=s.learning_rate, momentum=s.betas[0]),
     "adafactor": lambda groups, s: torch.optim.Adafactor(groups, lr=s.learning_rate),
 }

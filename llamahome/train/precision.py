@@ -31,12 +31,17 @@ class Precision:
         return DTYPES[self.name]
 
     @property
+    def lowers(self) -> bool:
+        """Whether autocast computes in less than fp32."""
+        return self.name != "fp32"
+
+    @property
     def scales_loss(self) -> bool:
         """fp16's range needs a scaled loss."""
         return self.name == "fp16"
 
     def autocast(self) -> AbstractContextManager[object]:
-        if self.name == "fp32":
+        if not self.lowers:
             return nullcontext()
         # Weights change once a step and are cast once a micro-batch at most: nothing to cache between steps.
         return torch.autocast(self.device, self.compute, cache_enabled=False)

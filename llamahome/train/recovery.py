@@ -2,58 +2,78 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from llamahome.errors import CheckpointError
-from llamahome.files import remove_leftovers
-from llamahome.monitor.sinks import JsonlSink
-from llamahome.train.checkpoint import TrainingState, load_state, newest_good
+from llamahome.files import remove_folder, storage_errors
+from llamahome.monitor.sinks import METRICS_FILE, JsonlSink
+from llamahome.train.checkpoint import TrainingState, load_state, newest_good, set_aside_after
+from llamahome.train.rundir import STATUS_FILE
 
 logger = logging.getLogger(__name__)
 _HOPELESS = (0, 2, 3, 4, 7, 9, 130, 143)
 
 
 class ResourceRecovery:
-    """Brings a run's folder back to its newest good checkpoint.
+    """Brings a run's folder back to `checkpoint`, the newest good one of `path` (a run folder or a checkpoint in it).
 
-    `path` is the run folder or one of its checkpoints.
+    Only for the holder of the run's lock. Raises: CheckpointError when no checkpoint is usable.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.checkpoint = newest_good(path)
 
     def recover(self) -> Path:
-        """Clear half-written files, drop metrics past the checkpoint, return the checkpoint.
-
-        Raises: CheckpointError when no checkpoint is usable.
-        """
-        checkpoint = newest_good(self.path)
-        run = checkpoint.parent
-        remove_leftovers(run)
-        state, _ = load_state(checkpoint)
-        JsonlSink.truncate_after(run / "metrics.jsonl", state.step)
-        return checkpoint
+        """Set later checkpoints aside, drop metrics past the checkpoint, return it. Raises: StorageError."""
+        state, _ = load_state(self.checkpoint)
+        set_aside_after(self.checkpoint)
+        JsonlSink.truncate_after(self.checkpoint.parent / METRICS_FILE, state.step)
+        return self.checkpoint
 
 
 def supervise(train: Sequence[str], resume: Sequence[str], run: Path, retries: int) -> int:
     """Run the command `train` in a process of its own; after a crash run `resume`, at most `retries` times.
 
-    Errors that would come again (configuration, data, model, non-finite numbers) end it at once.
-    Returns the last exit code.
+    Errors that would come again (configuration, data, model, non-finite numbers) end it at once, and so does a signal,
+    which is passed on. Returns the last exit code.
     """
-    command, left = list(train), retries
-    while True:
-        code = subprocess.run([sys.executable, "-m", "llamahome", *command], check=False).returncode
-        code = 128 - code if code < 0 else code
-        if code in _HOPELESS or left == 0:
-            return code
-        left -= 1
-        command = list(resume if _has_checkpoint(run) else train)
-        logger.warning("the run ended with code %d; %s, %d more tries", code, command[0], left)
+    command = list(train)
+    for left in reversed(range(retries + 1)):
+        code, pid, signalled = _run([sys.executable, "-m", "llamahome", *command])
+        if code in _HOPELESS or signalled or left == 0:
+            break
+        if _has_checkpoint(run):
+            command = list(resume)
+        else:
+            _clear(run, pid)
+        logger.warning("the run ended with code %d; %s again, %d more tries", code, command[0], left - 1)
+    return code
+
+
+def _run(command: Sequence[str]) -> tuple[int, int, bool]:
+    """Exit code (128 + signal number of a killed process), process id, and whether a signal came for us meanwhile."""
+    came: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        process.send_signal(number)
+
+    # In a group of its own: a terminal's Ctrl-C must not reach it twice, since the second leaves at once.
+    process = subprocess.Popen(command, process_group=0)
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return (128 - code if code < 0 else code), process.pid, bool({signal.SIGINT, signal.SIGTERM}.intersection(came))
 
 
 def _has_checkpoint(run: Path) -> bool:
@@ -62,6 +82,17 @@ def _has_checkpoint(run: Path) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+def _clear(run: Path, pid: int) -> None:
+    """Let `train` begin again in the folder of a run that left no checkpoint: its `best` would be in the way."""
+    try:
+        ours = json.loads((run / STATUS_FILE).read_bytes())["pid"] == pid
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if ours:
+        with storage_errors(run):
+            remove_folder(run / "best")
 
 
 def resumed_state(checkpoint: Path, data_fingerprint: str, model_fingerprint: str) -> TrainingState:

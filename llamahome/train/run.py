@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llamahome.config import Config, parse_size
-from llamahome.errors import Interrupted, LlamaHomeError
+from llamahome.errors import Interrupted, LlamaHomeError, StorageError
 from llamahome.files import publish_folder
 from llamahome.memory.gpu import trim_gpu_cache
 from llamahome.model.export import write_model
@@ -92,23 +92,26 @@ def resume(
 
     The run's own configuration holds, changed by `overrides`. The samples per step stay as they were.
     """
-    found = ResourceRecovery(checkpoint).recover()
-    folder = RunFolder(found.parent, fresh=False)
-    with folder:
-        config = Config.from_dict(read_run(found.parent)["config"], overrides, config_file)
-        return _guarded(config, folder, found, view(config) if view else None, signals or StopSignal(), None, None)
+    config = resumed_config(checkpoint, overrides, config_file)
+    with RunFolder(checkpoints.run_of(checkpoint), fresh=False) as folder:
+        recovery = ResourceRecovery(checkpoint)
+        return _guarded(config, folder, recovery, view(config) if view else None, signals or StopSignal(), None, None)
+
+
+def resumed_config(checkpoint: Path, overrides: Sequence[str] = (), config_file: Path | None = None) -> Config:
+    """The configuration of the run that `checkpoint` belongs to, changed. Raises: CheckpointError, ConfigError."""
+    return Config.from_dict(read_run(checkpoints.run_of(checkpoint))["config"], overrides, config_file)
 
 
 def _guarded(
-    config: Config, folder: RunFolder, found: Path | None, view: View, signals: StopSignal,
+    config: Config, folder: RunFolder, recovery: ResourceRecovery | None, view: View, signals: StopSignal,
     before: Callable[[Any, Any], None] | None, after: Callable[[Any, Any], None] | None,
 ) -> RunResult:  # fmt: skip
     """The run, with its end written to status.json whatever happens."""
-    step = -1
-    folder.write_status("running", None, "starting", 0, resumable=found is not None)
+    folder.write_status("running", None, "starting", 0, resumable=recovery is not None)
     run = None
     try:
-        run = _open(config, folder, found, view)
+        run = _open(config, folder, recovery, view)
         if before:
             before(run.parts.model, run.parts.tokenizer)
         _go(run, signals)
@@ -120,22 +123,29 @@ def _guarded(
         code = error.exit_code if isinstance(error, LlamaHomeError) else 1
         step = run.state.step if run else 0
         state: State = "stopped" if isinstance(error, Interrupted) else "failed"
-        folder.write_status(state, code, str(error), step, resumable=bool(checkpoints.checkpoints(folder.path)))
+        resumable = bool(checkpoints.checkpoints(folder.path))
+        try:
+            folder.write_status(state, code, str(error), step, resumable=resumable)
+        except StorageError as second:  # the first error says why the run ended
+            logger.warning("%s", second)
         raise
     finally:
         if run:
             _close(run)
 
 
-def _open(config: Config, folder: RunFolder, found: Path | None, view: View) -> Run:
+def _open(config: Config, folder: RunFolder, recovery: ResourceRecovery | None, view: View) -> Run:
     """Everything a run needs, ready for its first step."""
+    found = recovery.checkpoint if recovery else None
     parts = assemble(config, folder, found)
+    if recovery:
+        recovery.recover()
     sinks = build_sinks(config.monitor.sinks, folder.path)
     run = Run(config, folder, parts, parts.loop, sinks, view, load_callbacks(config.training.callbacks))
     parts.loop.on_event = lambda event: _event(run, event)
     folder.write_run(config.to_dict(), parts.facts)
     if view:
-        view.start(parts.loop.state.total_steps)
+        view.start(parts.loop.state.total_steps, parts.loop.state.step)
     if found:
         run.saved_step = parts.loop.state.step
         _event(run, {"event": "resumed", "step": parts.loop.state.step, "checkpoint": found.name})
@@ -145,10 +155,12 @@ def _open(config: Config, folder: RunFolder, found: Path | None, view: View) -> 
 def _go(run: Run, signals: StopSignal) -> None:
     """The loop with evaluations, checkpoints and callbacks, to the last step or a reason to stop."""
     config, state = run.config.training, run.state
+    _stop_here(run, signals)
     call_all(run.callbacks, "train_begin", run.loop, {})
     if state.step == 0 and run.parts.prepared.validation is not None:
         run.before = _evaluate(run)
         _event(run, {"event": "evaluation", "step": 0, **_eval_fields(run.before)})
+        _stop_here(run, signals)
     every = config.eval_steps or run.parts.steps_per_epoch
     for record in run.loop:
         last = state.step == state.total_steps
@@ -161,12 +173,19 @@ def _go(run: Run, signals: StopSignal) -> None:
         if state.step % config.save_steps == 0 or last or signals.save or signals.stop is not None or wants_stop:
             signals.save = False
             _save(run)
-        if signals.stop is not None and not last:
-            _event(run, {"event": "signal", "step": state.step, "signal": signals.stop})
-            raise Interrupted(signals.stop, where=str(run.folder.path))
+        if not last:
+            _stop_here(run, signals)
     with publish_folder(run.folder.path / "final") as final:
         write_model(run.parts.model, run.parts.tokenizer, final)
     call_all(run.callbacks, "train_end", run.loop, {})
+
+
+def _stop_here(run: Run, signals: StopSignal) -> None:
+    """Raises: Interrupted when a signal has come, the state saved."""
+    if signals.stop is not None:
+        _save(run)
+        _event(run, {"event": "signal", "step": run.state.step, "signal": signals.stop})
+        raise Interrupted(signals.stop, where=str(run.folder.path))
 
 
 def _evaluate(run: Run) -> Evaluation:

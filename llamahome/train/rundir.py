@@ -17,17 +17,21 @@ from types import TracebackType
 from typing import IO, Any, Literal
 
 from llamahome.errors import CheckpointError, StorageError, UsageError
-from llamahome.files import remove_leftovers, storage_errors, write_json
+from llamahome.files import is_leftover, remove_leftovers, storage_errors, write_json
+from llamahome.monitor.sinks import METRICS_FILE
 
 State = Literal["running", "done", "stopped", "failed"]
+STATUS_FILE = "status.json"
+# What a run leaves that ended before its first checkpoint.
+_UNFINISHED = {".lock", STATUS_FILE, "run.json", METRICS_FILE, "tensorboard"}
 _PACKAGES = ("llamahome", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
 
 
 class RunFolder:
     """One run's folder, held by a lock that the system drops when the process dies.
 
-    Raises: UsageError when `fresh` and the folder already holds a run; StorageError when it cannot be written or
-    another process holds it.
+    Raises: UsageError when `fresh` and the folder already holds files, other than those of a run that ended before its
+    first checkpoint; StorageError when it cannot be written or another process holds it.
     """
 
     def __init__(self, path: Path, *, fresh: bool) -> None:
@@ -36,12 +40,10 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         try:
-            if fresh and any(p.name != ".lock" for p in self.path.iterdir()):
-                raise UsageError(
-                    "the output folder already holds files", where=str(path),
-                    fix="choose another --output, or continue the run with train-resume",
-                )  # fmt: skip
-            remove_leftovers(self.path)
+            with storage_errors(path):
+                if fresh:
+                    self._require_unused()
+                remove_leftovers(self.path, locked=True)
         except BaseException:
             self._lock.close()
             raise
@@ -57,7 +59,7 @@ class RunFolder:
     def write_status(self, state: State, code: int | None, message: str, step: int, *, resumable: bool) -> None:
         """state, exit code, message, last step and whether train-resume can go on."""
         content = {"state": state, "code": code, "message": message, "last_step": step, "resumable": resumable}
-        write_json(self.path / "status.json", {**content, "pid": os.getpid(), "time": _now()})
+        write_json(self.path / STATUS_FILE, {**content, "pid": os.getpid(), "time": _now()})
 
     def write_run(self, config: dict[str, Any], facts: dict[str, Any]) -> None:
         """Everything needed to see what ran, and to run it again."""
@@ -85,19 +87,31 @@ class RunFolder:
                 where=str(self.path), fix="free some space, choose another --output or lower resource.min_free_disk",
             )  # fmt: skip
 
+    def _require_unused(self) -> None:
+        names = {path.name for path in self.path.iterdir() if not is_leftover(path)}
+        allowed = _UNFINISHED if STATUS_FILE in names else {".lock"}
+        if names - allowed:
+            raise UsageError(
+                "the output folder already holds files", where=str(self.path),
+                fix="choose another --output, or continue the run with train-resume",
+            )  # fmt: skip
+        for name in names - {".lock"}:
+            path = self.path / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
     def _take_lock(self) -> IO[str]:
         with storage_errors(self.path):
             file = (self.path / ".lock").open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise StorageError(
-                f"the folder is in use by {holder}", where=str(self.path), fix="wait for it, or choose another --output"
-            ) from error
-        with storage_errors(self.path):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise StorageError(
+                    f"the folder is in use by {holder}", where=str(self.path),
+                    fix="wait for it, or choose another --output",
+                ) from error  # fmt: skip
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()

@@ -24,7 +24,7 @@ from llamahome.memory.monitor import MemoryMonitor, format_bytes, resolve_limit
 from llamahome.memory.plan import plan_memory
 from llamahome.memory.shape import ModelShape, model_shape
 from llamahome.model import attention
-from llamahome.model.adapters import apply_adapter, enable_checkpointing
+from llamahome.model.adapters import apply_adapter, enable_checkpointing, without_input_casts
 from llamahome.model.compile import compile_layers
 from llamahome.model.load import (
     ModelSource,
@@ -40,7 +40,7 @@ from llamahome.monitor.tracker import PerformanceTracker, measure_matmul_peak, t
 from llamahome.train import checkpoint as checkpoints
 from llamahome.train.checkpoint import TrainingState
 from llamahome.train.loop import TrainingLoop
-from llamahome.train.objective import Objective, build_objective, respects_boundaries
+from llamahome.train.objective import Objective, build_objective, flat_row, respects_boundaries
 from llamahome.train.optim import build_optimizer, build_scheduler
 from llamahome.train.precision import Precision, resolve_precision
 from llamahome.train.recovery import resumed_state
@@ -88,8 +88,9 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
     objective = build_objective(model, config.training.loss, chunk_rows=loss_rows(config))
     batches = build_batches(config, prepared, state.samples_per_step, objective)
     mode = compile_layers(
-        objective.causal, config.processing.compile_mode, tokens=_tokens_to_train(prepared, state)
-    )
+        objective.causal, config.processing.compile_mode, tokens=_tokens_to_train(prepared, state),
+        trial=lambda: _try_once(objective, precision),
+    )  # fmt: skip
     optimizer = build_optimizer(model, config.optimization)
     resources = ResourceMonitor(
         folder.path, dict(config.monitor.thresholds.items()),
@@ -184,6 +185,16 @@ def _governor(
         governor = build(True)
         logger.info("memory is short: processing.gradient_checkpointing is on")
         return governor
+
+
+def _try_once(objective: Objective, precision: Precision) -> None:
+    """Forward and backward over a few tokens; no gradient is left."""
+    model = objective.model.train()
+    with without_input_casts(model, precision.lowers):
+        with precision.autocast():
+            loss = objective(flat_row([[5, 6, 7, 8, 9], [9, 8, 7]]))
+        loss.backward()  # type: ignore[no-untyped-call]
+    model.zero_grad(set_to_none=True)
 
 
 def _tracker(
@@ -299,11 +310,15 @@ def build_batches(config: Config, prepared: Prepared, samples_per_step: int, obj
     max_samples = None if config.training.batch_size == "auto" else int(config.training.batch_size)
     if not respects_boundaries(objective):
         if attention_name(config) == attention.NAME or max_samples is None:
-            logger.warning("%s mixes samples that share a row: one sample per micro-batch", type(objective.causal).__name__)
+            logger.warning(
+                "%s mixes samples that share a row: one sample per micro-batch", type(objective.causal).__name__
+            )
         max_samples = 1
     pin = config.training.pin_memory and objective.head.weight.device.type == "cuda"
     place = lambda i: prepared.report.place(unpack_place(store.source(i)))  # noqa: E731
-    return StepBatches(store, order, BatchProcessor(store, pin_memory=pin), max_samples, place, config.training.prefetch_factor)
+    return StepBatches(
+        store, order, BatchProcessor(store, pin_memory=pin), max_samples, place, config.training.prefetch_factor
+    )
 
 
 def check_supported(config: Config) -> None:

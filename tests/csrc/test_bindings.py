@@ -59,6 +59,7 @@ def test_documents_and_rows_that_do_not_exist(reader: _C.BatchReader, number: in
         lambda: reader.trained_counts(ids, np.empty(2, np.uint32)),
         lambda: reader.sources(ids, np.empty(2, np.uint64)),
         lambda: reader.prefetch(ids),
+        lambda: reader.verify(1),
         lambda: reader.prefetch_rows(ids, 4),
         lambda: reader.rows(ids, np.empty((2, 4), np.int64), np.empty((2, 4), np.int64)),
     ):

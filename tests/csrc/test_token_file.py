@@ -86,7 +86,7 @@ def test_the_writer_writes_what_the_specification_says(tmp_path_factory, encode,
         documents.append((tokens, marks.tolist(), data.draw(st.integers(0, 2**64 - 1))))
     path = tmp_path_factory.mktemp("shard") / "shard"
     assert write(path, documents, width) == encode(documents, width)
-    _C.BatchReader([path]).verify()
+    _C.BatchReader([path]).verify(0)
 
 
 @pytest.mark.parametrize("portable", [False, True])
@@ -128,7 +128,7 @@ def test_every_bit_flip_is_found(shard: Shard, encode, mapped: bool) -> None:
                 os.pwrite(file.fileno(), bytes([content[at] ^ 1 << bit]), at)
                 unread += reads_right_or_raises(path, mapped, right)
                 with pytest.raises(DataError):
-                    _C.BatchReader([path], mapped).verify()
+                    _C.BatchReader([path], mapped).verify(0)
             os.pwrite(file.fileno(), content[at : at + 1], at)
     assert unread == 0  # all of it is in one block, so no flip was outside what was read
 
@@ -173,7 +173,7 @@ def test_a_file_truncated_while_open_is_an_error(shard: Shard, encode, mapped: b
     with pytest.raises(DataError, match="truncated"):
         reader.lengths(np.array([3]), np.empty(1, np.uint32))
     with pytest.raises(DataError, match="truncated"):
-        reader.verify()
+        reader.verify(0)
 
 
 def hostile_shards(encode) -> dict[str, bytes]:
@@ -218,7 +218,7 @@ def hostile_shards(encode) -> dict[str, bytes]:
 
 def is_refused(path: Path, mapped: bool) -> bool:
     try:
-        _C.BatchReader([path], mapped).verify()
+        _C.BatchReader([path], mapped).verify(0)
     except DataError:
         return True
     return False

@@ -174,11 +174,22 @@ def test_a_state_is_a_few_integers_and_knows_its_data(store: TokenStore) -> None
     assert all(type(value) is int for value in state.values())
     for other in (
         StreamingDataset(store, seed=2),
+        StreamingDataset(store, seed=1, shuffle=False),
+        StreamingDataset(store, seed=1, block=16),
         StreamingDataset(store, seed=1, rows="packed", length=9),
         StreamingDataset(store, seed=1, rows="fixed", length=9),
     ):
         with pytest.raises(CheckpointError, match="the saved position has"):
             other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("rows", MODES)
+def test_a_shuffle_in_blocks_has_the_same_items(store: TokenStore, reference, rows: str) -> None:
+    found = keys(StreamingDataset(store, rows=rows, length=MODES[rows], seed=3, block=64))
+    assert found != reference[rows][0]
+    if rows != "packed":
+        assert sorted(found) == sorted(reference[rows][0])
+    assert sum(map(len, found)) == sum(map(len, reference[rows][0]))
 
 
 def test_epochs_can_be_chosen(store: TokenStore, reference) -> None:

@@ -37,7 +37,9 @@ def test_output_and_gradients_equal_the_definition(lengths, heads, kv_heads, win
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_low_precision_stays_near_float64(dtype, bound):
     q, k, v, edges = _inputs([40, 3, 90], dtype=dtype)
-    exact = _with_gradients(varlen_attention_reference, *(x.detach().double().requires_grad_() for x in (q, k, v)), edges, 0.25)
+    exact = _with_gradients(
+        varlen_attention_reference, *(x.detach().double().requires_grad_() for x in (q, k, v)), edges, 0.25
+    )
     for a, b in zip(_with_gradients(varlen_attention, q, k, v, edges, 0.25), exact, strict=True):
         assert ((a.double() - b).norm() / b.norm()).item() < bound
 
@@ -95,6 +97,8 @@ def test_compile_sees_through_it():
     q, k, v, edges = _inputs([6, 3], dtype=torch.float32)
     compiled = torch.compile(varlen_attention, fullgraph=True, backend="aot_eager", dynamic=True)
     for a, b in zip(
-        _with_gradients(compiled, q, k, v, edges, 0.3), _with_gradients(varlen_attention, q, k, v, edges, 0.3), strict=True
+        _with_gradients(compiled, q, k, v, edges, 0.3),
+        _with_gradients(varlen_attention, q, k, v, edges, 0.3),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)

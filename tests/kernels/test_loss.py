@@ -21,7 +21,14 @@ def _inputs(rows=37, size=12, vocabulary=53, dtype=torch.float64):
 
 @pytest.mark.parametrize("chunk_rows", [1, 8, 37, 1000])
 @pytest.mark.parametrize(
-    "options", [{}, {"logit_scale": 0.25}, {"softcap": 3.0}, {"label_smoothing": 0.1}, {"softcap": 2.0, "logit_scale": 3.0, "label_smoothing": 0.2}]
+    "options",
+    [
+        {},
+        {"logit_scale": 0.25},
+        {"softcap": 3.0},
+        {"label_smoothing": 0.1},
+        {"softcap": 2.0, "logit_scale": 3.0, "label_smoothing": 0.2},
+    ],
 )
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_value_and_gradients_equal_the_definition(chunk_rows, options, reduction):
@@ -38,7 +45,9 @@ def test_value_and_gradients_equal_the_definition(chunk_rows, options, reduction
 def test_a_frozen_weight_gets_no_gradient_and_costs_none():
     hidden, weight, _, labels = _inputs()
     loss = linear_cross_entropy(hidden, weight.detach(), labels)
-    assert [x for x in loss.grad_fn.next_functions[0][0].saved_tensors if x is not None and x.shape == weight.shape] == []
+    assert [
+        x for x in loss.grad_fn.next_functions[0][0].saved_tensors if x is not None and x.shape == weight.shape
+    ] == []
     loss.backward()
     assert weight.grad is None
     assert hidden.grad.abs().max() > 0

@@ -233,10 +233,25 @@ def test_out_of_memory_in_a_step_is_replayed_with_a_smaller_cut(settings, tmp_pa
         "def loss(hidden, weight, labels, **rest):\n"
         "    if len(labels) > 20 and len(failed) < 3:\n"
         "        failed.append(1)\n"
-        "        raise RuntimeError(\"DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes\")\n"
+        '        raise RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 1 bytes")\n'
         "    return linear_cross_entropy(hidden, weight, labels, **rest)\n"
     )
     monkeypatch.chdir(tmp_path)
     output = run(settings, **{"training.loss": "hungry:loss", "training.output": str(tmp_path / "hungry")}).output
     assert any(event["event"] == "oom" for event in records(output)[1])
     assert losses(output) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_compiler_that_fails_is_survived(settings, tmp_path, monkeypatch, caplog):
+    from torch import nn
+
+    def broken(graph, inputs):
+        raise RuntimeError("no such instruction")
+
+    expected = losses(run(settings).output)
+    compile_plainly = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compile_plainly(self, backend=broken, dynamic=True))
+    caplog.set_level("WARNING", "llamahome")
+    changes = {"processing.compile_mode": "default", "training.output": str(tmp_path / "compiled")}
+    assert losses(run(settings, **changes).output) == expected
+    assert "compiling failed, the run goes on without" in caplog.text

@@ -22,7 +22,9 @@ def _gradients(model, batches, budget):
     objective = build_objective(model)
     samples = batches.order.samples(0)
     model.zero_grad()
-    total = accumulate(objective, batches.cut(samples, budget), batches.processor.build, batches.trained_tokens(samples))
+    total = accumulate(
+        objective, batches.cut(samples, budget), batches.processor.build, batches.trained_tokens(samples)
+    )
     return total, [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
@@ -94,3 +96,21 @@ def test_dropout_is_replayed_by_a_replayed_step(make_model, store):
         results.append(_gradients(model, batches, 200)[1])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert any(np.any(g.numpy() != 0) for g in results[0])
+
+
+def test_adapters_without_input_copies_give_the_same_gradient_under_autocast(make_model, store):
+    from llamahome.model.adapters import without_input_casts
+    from llamahome.train.precision import Precision
+
+    precision, batch = Precision("bf16", "cpu"), BatchProcessor(store).build([1, 2, 3])
+    results = []
+    for active in (False, True):
+        model = make_model(torch.bfloat16)
+        objective = build_objective(model)
+        with without_input_casts(model, active):
+            with precision.autocast():
+                loss = objective(batch)
+            loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for ours, plain in zip(*results, strict=True):
+        assert ((ours - plain).norm() / plain.norm()).item() < 0.02
