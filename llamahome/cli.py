@@ -72,7 +72,7 @@ def train(data: str | None, model: str | None, output: Path | None, eval_data: s
 
         hooks = {}
         if config.data.path is None:
-            config = demo_config(config, given["overrides"])
+            config = demo_config(config, given["overrides"], own_settings=given["config_file"] is not None)
             hooks = {"before": talk("before", _print), "after": talk("after", _print)}
         _finish(run_training(config, view=_view(config), signals=signals, **hooks))
 
@@ -99,16 +99,20 @@ def train_resume(checkpoint: Path, **given: Any) -> None:
 @click.argument("model")
 @click.argument("data")
 @click.option("--output", type=click.Path(path_type=Path), help="File for the figures, as JSON.")
+@click.option("--model", "base", help="Base model of an adapter [default: the one it names].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @_settings
-def train_eval(model: str, data: str, output: Path | None, as_json: bool, **given: Any) -> None:
+def train_eval(model: str, data: str, output: Path | None, base: str | None, as_json: bool, **given: Any) -> None:
     """Loss, perplexity and token accuracy of MODEL (model, adapter, run or checkpoint folder) on DATA."""
     from dataclasses import asdict
 
     from llamahome.files import write_json
+    from llamahome.train.checkpoint import model_folder
     from llamahome.train.evaluate import evaluate
 
-    figures = {"model": model, "data": data, **asdict(evaluate(model, data, _config(given)))}
+    config, folder = _config(given, _base(base)), Path(model).expanduser()
+    result = evaluate(model_folder(folder) if folder.is_dir() else model, data, config)
+    figures = {"model": model, "data": data, **asdict(result)}
     if as_json:
         _print(json.dumps(figures))
     else:
@@ -117,20 +121,22 @@ def train_eval(model: str, data: str, output: Path | None, as_json: bool, **give
             f"token accuracy {figures['token_accuracy']:.2%} "
             f"({figures['trained_tokens']:,} trained tokens in {figures['samples']:,} samples)"
         )
-    if output or Path(model).is_dir():
-        write_json(output or Path(model) / "evaluation.json", figures)
+    if output or folder.is_dir():
+        write_json(output or folder / "evaluation.json", figures)
 
 
 @cli.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for the merged model.")
 @click.option("--dtype", type=click.Choice(["bf16", "fp32", "fp16"]), help="Number format [default: the base model's].")
+@click.option("--model", "base", help="The adapter's base model [default: the one it names].")
 @_settings
-def merge(adapter: Path, output: Path, dtype: str | None, **given: Any) -> None:
-    """Merge ADAPTER into its base model, proved equal to the adapter on probe prompts."""
+def merge(adapter: Path, output: Path, dtype: str | None, base: str | None, **given: Any) -> None:
+    """Merge ADAPTER (its folder, or a run's) into its base model, proved equal to the adapter on probe prompts."""
     from llamahome.model.export import merge_adapter
+    from llamahome.train.checkpoint import model_folder
 
-    config = _config(given)
+    config, adapter = _config(given, _base(base)), model_folder(adapter.expanduser())
     _print(str(merge_adapter(adapter, output, config.model, dtype=dtype, cache_dir=config.cache.dir)))
 
 
@@ -149,7 +155,7 @@ def data_check(path: str, model: str | None, as_json: bool, **given: Any) -> Non
     from llamahome.data.prepare import check
     from llamahome.model.load import load_tokenizer, resolve_model
 
-    config = _config(given, {"model.name": model} if model else {})
+    config = _config(given, _base(model))
     report = check(path, load_tokenizer(resolve_model(None, config.model, config.cache.dir)), config=config)
     _print(json.dumps(report.to_dict()) if as_json else report.to_text())
     if report.faults:
@@ -200,7 +206,7 @@ def main() -> None:
 def _run() -> int:
     """Exit code of the command; what went wrong is on stderr."""
     try:
-        return int(cli.main(standalone_mode=False) or 0)
+        return int(cli.main(prog_name="llamahome", standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
         _say(error.format_message())
         return error.exit_code
@@ -224,7 +230,12 @@ def _config(given: dict[str, Any], values: dict[str, object] | None = None) -> C
     """The configuration: defaults, then the file, then the command line."""
     from llamahome.config import Config
 
-    return Config.load(given["config_file"], [*_overrides(given), *(f"{k}={json.dumps(v)}" for k, v in (values or {}).items())])
+    arguments = [f"{key}={json.dumps(value)}" for key, value in (values or {}).items()]
+    return Config.load(given["config_file"], [*_overrides(given), *arguments])
+
+
+def _base(model: str | None) -> dict[str, object]:
+    return {"model.name": model} if model is not None else {}
 
 
 def _overrides(given: dict[str, Any]) -> list[str]:

@@ -87,7 +87,7 @@ class MissingError(LlamaHomeError):
     exit_code = 9
 
 
-class Interrupted(LlamaHomeError):
+class Interrupted(LlamaHomeError):  # noqa: N818  (a decision, not a fault)
     """Stopped by a signal after the state was saved; exit code 128 + signal number."""
 
     def __init__(self, signum: int = SIGINT, *, where: str = "") -> None:

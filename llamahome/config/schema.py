@@ -181,7 +181,7 @@ class ProcessingSettings(Section):
     attention: Attention = Field(default="auto", description="Implementation of attention.")
     device: Device = Field(default="auto", description="Where to train.")
     loss_chunk: Count | Auto = Field(
-        default="auto", description="Trained tokens whose logits exist at a time; auto chooses by the vocabulary's size."
+        default="auto", description="Trained tokens whose logits exist at a time; auto chooses by the vocabulary."
     )
 
 

@@ -136,6 +136,16 @@ def run_of(path: Path) -> Path:
     return path
 
 
+def model_folder(path: Path) -> Path:
+    """`path`; of a run's folder its model, which is `final` or, before the run's end, the newest good checkpoint.
+
+    Raises: CheckpointError when a run has neither.
+    """
+    if not (path / "run.json").is_file():
+        return path
+    return path / "final" if (path / "final").is_dir() else newest_good(path)
+
+
 def newest_good(path: Path) -> Path:
     """The newest good checkpoint of the run folder `path`; of a checkpoint itself, or the newest good one before it.
 

@@ -14,6 +14,7 @@ from llamahome.files import publish_folder
 from llamahome.memory.gpu import trim_gpu_cache
 from llamahome.model.export import write_model
 from llamahome.monitor.metrics import StepRecord
+from llamahome.monitor.progress import Progress
 from llamahome.monitor.sinks import MetricSink, build_sinks
 from llamahome.train import checkpoint as checkpoints
 from llamahome.train.callbacks import Callback, call_all, load_callbacks
@@ -26,7 +27,6 @@ from llamahome.train.setup import Assembled, assemble
 from llamahome.train.signals import StopSignal
 
 logger = logging.getLogger(__name__)
-View = Any  # a monitor.progress.Progress
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Run:
     parts: Assembled
     loop: TrainingLoop
     sinks: list[MetricSink]
-    view: View
+    view: Progress | None
     callbacks: list[Callback]
     before: Evaluation | None = None
     after: Evaluation | None = None
@@ -72,7 +72,7 @@ class Run:
 
 
 def train(
-    config: Config, *, view: View = None, signals: StopSignal | None = None,
+    config: Config, *, view: Progress | None = None, signals: StopSignal | None = None,
     before: Callable[[Any, Any], None] | None = None, after: Callable[[Any, Any], None] | None = None,
 ) -> RunResult:  # fmt: skip
     """Train by `config` from step 0; what `llamahome train` calls.
@@ -86,7 +86,7 @@ def train(
 
 def resume(
     checkpoint: Path, overrides: Sequence[str] = (), config_file: Path | None = None, *,
-    view: Callable[[Config], View] | None = None, signals: StopSignal | None = None,
+    view: Callable[[Config], Progress] | None = None, signals: StopSignal | None = None,
 ) -> RunResult:  # fmt: skip
     """Go on from a checkpoint, or from the newest good one of a run folder; what `llamahome train-resume` calls.
 
@@ -104,7 +104,7 @@ def resumed_config(checkpoint: Path, overrides: Sequence[str] = (), config_file:
 
 
 def _guarded(
-    config: Config, folder: RunFolder, recovery: ResourceRecovery | None, view: View, signals: StopSignal,
+    config: Config, folder: RunFolder, recovery: ResourceRecovery | None, view: Progress | None, signals: StopSignal,
     before: Callable[[Any, Any], None] | None, after: Callable[[Any, Any], None] | None,
 ) -> RunResult:  # fmt: skip
     """The run, with its end written to status.json whatever happens."""
@@ -134,7 +134,7 @@ def _guarded(
             _close(run)
 
 
-def _open(config: Config, folder: RunFolder, recovery: ResourceRecovery | None, view: View) -> Run:
+def _open(config: Config, folder: RunFolder, recovery: ResourceRecovery | None, view: Progress | None) -> Run:
     """Everything a run needs, ready for its first step."""
     found = recovery.checkpoint if recovery else None
     parts = assemble(config, folder, found)
@@ -162,6 +162,7 @@ def _go(run: Run, signals: StopSignal) -> None:
         _event(run, {"event": "evaluation", "step": 0, **_eval_fields(run.before)})
         _stop_here(run, signals)
     every = config.eval_steps or run.parts.steps_per_epoch
+    _forget_peak(run)
     for record in run.loop:
         last = state.step == state.total_steps
         wants_stop = call_all(run.callbacks, "step", run.loop, record)
@@ -191,10 +192,18 @@ def _stop_here(run: Run, signals: StopSignal) -> None:
 def _evaluate(run: Run) -> Evaluation:
     parts = run.parts
     assert parts.prepared.validation is not None
-    return evaluate_store(
-        parts.loop.objective, parts.prepared.validation, precision=parts.precision, token_budget=parts.evaluation_budget,
-        max_samples=run.config.training.eval_samples,
+    evaluation = evaluate_store(
+        parts.loop.objective, parts.prepared.validation, precision=parts.precision,
+        token_budget=parts.evaluation_budget, max_samples=run.config.training.eval_samples,
     )  # fmt: skip
+    _forget_peak(run)
+    return evaluation
+
+
+def _forget_peak(run: Run) -> None:
+    """The governor learns from the peaks of steps, not of what ran between them."""
+    if run.loop.governor is not None:
+        run.loop.governor.monitor.reset_peak()
 
 
 def _eval_fields(evaluation: Evaluation) -> dict[str, float]:
@@ -245,6 +254,8 @@ def _record(run: Run, record: StepRecord) -> None:
         sink.write(record)
     if run.view:
         run.view.step(record)
+        if "eval_loss" in record:
+            run.view.evaluation(record)
     if (kept := run.config.memory.gpu_cache_size) is not None:
         trim_gpu_cache(run.parts.model.device, parse_size(kept))
     for event in run.parts.resources.check():
@@ -254,7 +265,9 @@ def _record(run: Run, record: StepRecord) -> None:
 def _event(run: Run, event: dict[str, Any]) -> None:
     for sink in run.sinks:
         sink.event(event)
-    if run.view:
+    if run.view and event["event"] == "evaluation":
+        run.view.evaluation(event)
+    elif run.view:
         run.view.event(event)
 
 

@@ -83,7 +83,7 @@ class RunFolder:
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise StorageError(
-                f"{free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed for two checkpoints and resource.min_free_disk",
+                f"{free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed (two checkpoints, resource.min_free_disk)",
                 where=str(self.path), fix="free some space, choose another --output or lower resource.min_free_disk",
             )  # fmt: skip
 

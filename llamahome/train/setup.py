@@ -25,6 +25,7 @@ from llamahome.memory.plan import plan_memory
 from llamahome.memory.shape import ModelShape, model_shape
 from llamahome.model import attention
 from llamahome.model.adapters import apply_adapter, enable_checkpointing, without_input_casts
+from llamahome.model.checks import check_model_folder
 from llamahome.model.compile import compile_layers
 from llamahome.model.load import (
     ModelSource,
@@ -74,6 +75,7 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
     device = resolve_device(config)
     precision = resolve_precision(config, device)
     source = resolve_model(None, config.model, config.cache.dir)
+    check_model_folder(source.folder, trust_remote_code=source.trust_remote_code, allow_pickle=source.allow_pickle)
     tokenizer = load_tokenizer(source)
     shape = model_shape(json.loads((source.folder / "config.json").read_bytes()))
     if config.data.path is None:
@@ -122,12 +124,13 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
         "total_steps": state.total_steps,
         "samples_per_step": state.samples_per_step,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "memory_plan": governor.plan.to_dict(),
+        "memory_plan": governor.plan.at(governor.token_budget).to_dict(),
         "memory_limit_bytes": governor.limit_bytes,
     }
     _say(facts, config)
     return Assembled(
-        model, tokenizer, loop, precision, prepared, resources, batches.order.steps_per_epoch, governor.token_budget, facts
+        model, tokenizer, loop, precision, prepared, resources, batches.order.steps_per_epoch, governor.token_budget,
+        facts,
     )  # fmt: skip
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from llamahome.kernels.loss import chunk_rows_for
 from torch.nn import functional as F
 
 from llamahome.kernels import linear_cross_entropy, linear_cross_entropy_reference, token_statistics
-from llamahome.kernels.loss import chunk_rows_for
 
 
 def _inputs(rows=37, size=12, vocabulary=53, dtype=torch.float64):

@@ -52,7 +52,7 @@ def data_file(tmp_path):
     import json
 
     path = tmp_path / "rows.jsonl"
-    words = "sea mill river stone fox train rain home station dog".split()
+    words = ["sea", "mill", "river", "stone", "fox", "train", "rain", "home", "station", "dog"]
     rows = [
         {"instruction": f"Write about the {words[i % 10]} number {i}.", "output": " ".join(words[: 2 + i % 7])}
         for i in range(60)

@@ -96,7 +96,9 @@ def test_every_optimizer_lowers_a_loss(name):
 
 def test_an_optimizer_of_the_users_own_gets_the_groups(tmp_path, monkeypatch):
     (tmp_path / "my_optimizer.py").write_text(
-        "import torch\ndef build(groups, settings):\n    return torch.optim.RMSprop(groups, lr=settings.learning_rate)\n"
+        "import torch\n"
+        "def build(groups, settings):\n"
+        "    return torch.optim.RMSprop(groups, lr=settings.learning_rate)\n"
     )
     monkeypatch.chdir(tmp_path)
     optimizer = build_optimizer(_model(), OptimizationSettings(optimizer="my_optimizer:build"))

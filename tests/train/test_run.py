@@ -12,8 +12,8 @@ import torch
 from llamahome.config import Config
 from llamahome.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, StorageError, UsageError
 from llamahome.monitor.metrics import FIELDS
-from llamahome.train.rundir import RunFolder
 from llamahome.train.run import resume, train
+from llamahome.train.rundir import RunFolder
 from llamahome.train.signals import StopSignal
 
 
