@@ -41,7 +41,10 @@ def attention_forward(
         )  # fmt: skip
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    # As autocast does for SDPA: RoPE gives fp32 queries and keys beside values in the low precision.
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    flat = [x.to(dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     out: Tensor = varlen_attention(*flat, cu_seq_lens_q, scaling, sliding_window or 0, softcap or 0.0)
     return out.view(batch, length, *out.shape[1:]), None
 

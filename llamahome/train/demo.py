@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,17 @@ def demo_config(config: Config, overrides: Sequence[str], *, own_settings: bool)
     cache = Path(config.cache.dir or os.environ.get("LLAMAHOME_CACHE") or "~/.cache/llamahome").expanduser()
     path = cache / "demo" / "python-docstrings.jsonl"
     write_demo_data(path)
-    settings = {} if own_settings else {key: value for key, value in DEMO_SETTINGS.items() if key not in given}
+    wanted = {} if own_settings else DEMO_SETTINGS
+    settings: dict[str, object] = {key: value for key, value in wanted.items() if key not in given}
+    if config.training.output == Config().training.output:
+        settings["training.output"] = str(free_folder(Path("output/demo")))
     return config.with_values({**settings, "data.path": str(path)})
+
+
+def free_folder(path: Path) -> Path:
+    """`path`, or the first of `path-2`, `path-3`, ... that is not there: the demo may be run again."""
+    candidates = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return path if not path.exists() else next(candidate for candidate in candidates if not candidate.exists())
 
 
 def talk(moment: str, say: Callable[[str], None]) -> Callable[[Any, Any], None]:

@@ -14,7 +14,7 @@ from llamahome.model.load import load_model, resolve_model
 VOCABULARY = 512
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model(tiny_model_dir):
     """Build the tiny model: make_model(dtype=..., attention=..., **overrides)."""
 
@@ -33,11 +33,11 @@ def make_model(tiny_model_dir):
     return make
 
 
-@pytest.fixture
-def store(tmp_path):
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
     """40 samples of 2 to 60 tokens, about two thirds of them trained."""
     random = np.random.default_rng(7)
-    with TokenStoreWriter(tmp_path / "store", VOCABULARY) as writer:
+    with TokenStoreWriter(tmp_path_factory.mktemp("samples") / "store", VOCABULARY) as writer:
         for number in range(40):
             length = int(random.integers(2, 60))
             trained = random.random(length) < 0.66

@@ -88,6 +88,22 @@ def test_full_fine_tuning_leaves_a_model_that_transformers_loads(settings):
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
+def test_bf16_learns_as_fp32_does(settings, method, tmp_path):
+    """Autocast over frozen bf16 weights (LoRA) or fp32 masters (full); also with activation checkpointing."""
+    changes = {"training.method": method, "optimization.warmup_steps": 0}
+    exact = losses(run(settings, **changes).output)
+    for checkpointing in (False, True):
+        low = {
+            "processing.precision": "bf16",
+            "processing.gradient_checkpointing": checkpointing,
+            "training.output": str(tmp_path / f"bf16-{checkpointing}"),
+        }
+        found = losses(run(settings, **changes, **low).output)
+        assert found == pytest.approx(exact, rel=0.02)
+        assert found != exact
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_resumed_run_ends_with_the_same_bits(settings, method, tmp_path, monkeypatch):
     settings = settings | {"training.method": method, "lora.dropout": 0.1 if method == "lora" else 0.0}
     whole = run(settings).output

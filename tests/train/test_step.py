@@ -5,13 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamahome.data.batch import BatchProcessor
 from llamahome.data.dataset import StepOrder
 from llamahome.train.objective import build_objective
 from llamahome.train.step import StepBatches, accumulate, clip_gradients, seed_step
+
+
+@pytest.fixture(scope="module")
+def exact_model(make_model):
+    return make_model().double()
+
+
+@pytest.fixture(scope="module")
+def whole_step(exact_model, store):
+    """Outcome and gradient of the step in a single micro-batch."""
+    return _gradients(exact_model, _batches(store), 100_000)
 
 
 def _batches(store, max_samples=None):
@@ -29,11 +40,10 @@ def _gradients(model, batches, budget):
 
 
 @pytest.mark.parametrize("max_samples", [1, 2, 3, 4, 16])
-def test_every_batch_size_gives_the_same_gradient(make_model, store, max_samples):
-    model = make_model().double()
-    whole, expected = _gradients(model, _batches(store), 100_000)
+def test_every_batch_size_gives_the_same_gradient(exact_model, whole_step, store, max_samples):
+    whole, expected = whole_step
     assert whole.micro_batches == 1
-    part, found = _gradients(model, _batches(store, max_samples), None)
+    part, found = _gradients(exact_model, _batches(store, max_samples), None)
     assert part.micro_batches == -(-16 // max_samples)
     assert part.tokens == whole.tokens
     torch.testing.assert_close(part.loss, whole.loss, rtol=1e-12, atol=0)
@@ -41,23 +51,23 @@ def test_every_batch_size_gives_the_same_gradient(make_model, store, max_samples
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None)
 @given(budget=st.integers(1, 700))
-def test_every_token_budget_gives_the_same_gradient(make_model, store, budget):
-    model = make_model().double()
-    _, expected = _gradients(model, _batches(store), 100_000)
-    part, found = _gradients(model, _batches(store), budget)
+def test_every_token_budget_gives_the_same_gradient(exact_model, whole_step, store, budget):
+    _, expected = whole_step
+    part, found = _gradients(exact_model, _batches(store), budget)
     longest = int(store.lengths().max())
     assert part.micro_batch_tokens <= max(budget, longest)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
-def test_the_loss_is_the_mean_over_the_trained_tokens_of_the_step(make_model, store):
-    model, batches = make_model().double(), _batches(store)
+def test_the_loss_is_the_mean_over_the_trained_tokens_of_the_step(exact_model, whole_step, store):
+    batches, objective = _batches(store), build_objective(exact_model)
     samples = batches.order.samples(0)
-    whole, _ = _gradients(model, batches, 100)
-    one_by_one = sum(float(build_objective(model)(batches.processor.build([i]))) for i in samples)
+    whole, _ = whole_step
+    with torch.no_grad():
+        one_by_one = sum(float(objective(batches.processor.build([i]))) for i in samples)
     assert float(whole.loss) == pytest.approx(one_by_one / store.trained_counts(samples).sum(), rel=1e-9)
 
 
