@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORE_INDEX = -100
+_ROWS = 64  # chunks are filled up to a multiple of it
 _CHUNK_BYTES = 64 << 20  # of fp32 logits; beyond it larger chunks no longer speed the matrix product up
 
 
@@ -93,10 +94,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, labels.numel(), rows):
             part = slice(start, start + rows)
             h = hidden[part].to(compute)
-            chunk_loss, d_logits = _chunk(F.linear(h, w, b), labels[part], logit_scale, softcap, smoothing)
+            count = h.shape[0]
+            # oneDNN keeps code for every new shape, and the last chunk would bring one each time.
+            h = F.pad(h, (0, 0, 0, -count % _ROWS))
+            chunk_loss, d_logits = _chunk(F.linear(h, w, b)[:count], labels[part], logit_scale, softcap, smoothing)
             loss += chunk_loss
+            d_logits = F.pad(d_logits, (0, 0, 0, -count % _ROWS))
             if d_hidden is not None:
-                d_hidden[part] = d_logits.to(compute) @ w
+                d_hidden[part] = (d_logits.to(compute) @ w)[:count]
             if d_weight is not None:
                 d_weight += d_logits.to(compute).T @ h
             if d_bias is not None:

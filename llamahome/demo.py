@@ -55,7 +55,8 @@ def write_demo_data(path: str | Path) -> int:
     text = "".join(json.dumps({"messages": _messages(*pair)}) + "\n" for pair in pairs)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, text)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:  # another run may be reading it
+        write_atomic(path, text)
     return len(pairs)
 
 

@@ -10,6 +10,8 @@ import pytest
 
 # transformers and huggingface_hub read it once, when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tiny tensors: a second thread only waits, and badly so beside other processes.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

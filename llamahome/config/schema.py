@@ -109,7 +109,7 @@ class DataSettings(Section):
     shuffle: bool = Field(
         default=True, description="Train the samples of an epoch in a random order fixed by the seed."
     )
-    buffer_size: Count = Field(default=1000, description="Samples that are read ahead.")
+    buffer_size: Count = Field(default=1000, description="Samples that a StreamingDataset reads ahead.")
 
 
 class MonitorSettings(Section):
@@ -172,7 +172,7 @@ class ProcessingSettings(Section):
         default="auto", description="Recompute activations in the backward pass; auto does so only if memory is short."
     )
     compile_mode: Literal["none", "auto", "default", "reduce-overhead", "max-autotune"] = Field(
-        default="auto", description="torch.compile mode; auto decides from a measured warm-up."
+        default="auto", description="torch.compile mode; auto compiles where the run is long enough to earn it back."
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="Type of the computation; auto chooses what mixed_precision allows."
@@ -191,7 +191,7 @@ class ResourceSettings(Section):
     num_workers: Workers = Field(default="auto", description="Same setting as training.num_workers.")
     prefetch_factor: Count = Field(default=2, description="Same setting as training.prefetch_factor.")
     pin_memory: bool = Field(default=True, description="Same setting as training.pin_memory.")
-    min_free_disk: Size = Field(default="1GB", description="Free disk space below which a run does not start or save.")
+    min_free_disk: Size = Field(default="1GB", description="Free disk space that must be left beside two checkpoints when a run starts.")
 
 
 class TrainingSettings(Section):
@@ -226,7 +226,7 @@ class TrainingSettings(Section):
     keep_last: Count = Field(default=3, description="Checkpoints that are kept, beside the best.")
     retries: int = Field(default=0, ge=0, description="Restarts from the newest checkpoint after a crash.")
     callbacks: NamedList = Field(default=(), description="Callbacks of the loop.")
-    metrics: NamedList = Field(default=(), description="Metrics computed in evaluations, beside the loss.")
+    metrics: NamedList = Field(default=(), description="Metrics computed from each step's record, beside the loss.")
     loss: Named = Field(default="cross_entropy", description="The loss.")
     best_metric: str = Field(default="eval_loss", min_length=1, description="Metric that chooses the best checkpoint.")
 

@@ -15,9 +15,9 @@ from llamahome.data.store import TokenStore
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Whole samples, end to end in one flat row of T tokens. No padding.
+    """Whole samples, end to end in one flat row of T tokens; what is left of a rounded row is filled up at its end.
 
-    labels follow Hugging Face's convention: not shifted, -100 where a token is not trained and at each sample's start.
+    The filling has id 0, position 0 and label -100, and belongs to no sample of `cu_seqlens`. labels follow Hugging Face's convention: not shifted, -100 where a token is not trained and at each sample's start.
     """
 
     input_ids: torch.Tensor  # int64 [1, T]
@@ -46,9 +46,11 @@ class BatchProcessor:
     A cut is a memory decision: it never changes which samples a step has.
     """
 
-    def __init__(self, store: TokenStore, pin_memory: bool = False) -> None:
+    def __init__(self, store: TokenStore, pin_memory: bool = False, round_rows: bool = False) -> None:
+        """`round_rows` fills rows up to a few fixed sizes, for libraries that keep something for every new shape."""
         self.store = store
         self.pin_memory = pin_memory
+        self.round_rows = round_rows
 
     def cut(
         self,
@@ -57,32 +59,37 @@ class BatchProcessor:
         token_budget: int | None = None,
         max_samples: int | None = None,
     ) -> list[NDArray[np.int64]]:
-        """Groups of sample ids, each sample in exactly one: one group, unless limited by one of the two.
+        """Groups of sample ids, each sample in exactly one; one group where nothing limits them.
 
-        token_budget: best fit of whole samples, longest first; a sample longer than the budget gets a group of its own.
-        max_samples: consecutive groups in the step's order. Deterministic. Raises: ValueError.
+        max_samples: consecutive groups in the step's order. token_budget: best fit of whole samples, longest first,
+        within each of those groups; a sample longer than the budget gets a group of its own. Deterministic.
+        Raises: ValueError for a limit below 1.
         """
-        if token_budget is not None and max_samples is not None:
-            raise ValueError("limit a cut by token_budget or by max_samples, not by both")
         ids = np.ascontiguousarray(sample_ids, np.int64)
-        if not ids.size:
-            return []
-        if token_budget is not None:
-            order, bounds = _C.plan_packing(self.store.lengths(ids), token_budget)
-            return np.split(ids[order], bounds[1:-1])
-        size = max_samples if max_samples is not None else len(ids)
+        size = max_samples if max_samples is not None else max(1, len(ids))
         if size < 1:
             raise ValueError(f"max_samples {size} is below 1")
-        return [ids[begin : begin + size] for begin in range(0, len(ids), size)]
+        groups = [ids[begin : begin + size] for begin in range(0, len(ids), size)]
+        if token_budget is None:
+            return groups
+        return [part for group in groups for part in self._pack(group, token_budget)]
+
+    def _pack(self, ids: NDArray[np.int64], token_budget: int) -> list[NDArray[np.int64]]:
+        order, bounds = _C.plan_packing(self.store.lengths(ids), token_budget)
+        return np.split(ids[order], bounds[1:-1])
 
     def build(self, sample_ids: Sequence[int] | NDArray[np.int64]) -> MicroBatch:
         """Read samples into fresh tensors, pinned if asked for. Raises: DataError when the store is damaged."""
         ids = np.ascontiguousarray(sample_ids, np.int64)
         lengths = tuple(self.store.lengths(ids).tolist())
-        row = torch.empty((3, 1, sum(lengths)), dtype=torch.int64, pin_memory=self.pin_memory)
+        tokens = sum(lengths)
+        size = row_size(tokens) if self.round_rows else tokens
+        row = torch.empty((3, 1, size), dtype=torch.int64, pin_memory=self.pin_memory)
         cu_seqlens = torch.empty(len(ids) + 1, dtype=torch.int32, pin_memory=self.pin_memory)
         flat = row.numpy()[:, 0]
-        trained = self.store.pack(ids, flat[0], flat[1], flat[2], cu_seqlens.numpy())
+        input_ids, labels, position_ids = flat[:, :tokens]
+        trained = self.store.pack(ids, input_ids, labels, position_ids, cu_seqlens.numpy())
+        flat[:, tokens:] = [[0], [-100], [0]]
         return MicroBatch(
             input_ids=row[0],
             labels=row[1],
@@ -90,6 +97,12 @@ class BatchProcessor:
             cu_seqlens=cu_seqlens,
             lengths=lengths,
             sample_ids=tuple(ids.tolist()),
-            num_tokens=sum(lengths),
+            num_tokens=tokens,
             num_trained=trained,
         )
+
+
+def row_size(tokens: int) -> int:
+    """The next of 32 sizes between a power of two and its double: 1.5 % more tokens on average, 3 % at most above 256."""
+    step = max(8, (1 << max(0, tokens - 1).bit_length()) // 64)
+    return -(-tokens // step) * step

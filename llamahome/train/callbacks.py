@@ -16,7 +16,7 @@ Event = Literal["train_begin", "step", "evaluate", "checkpoint", "train_end"]
 
 class Callback(Protocol):
     """Called after each event with the loop and the event's record (a step's metrics, an evaluation's figures, or
-    the checkpoint's path). Returning "stop" ends the run after this step, saved and evaluated."""
+    the checkpoint's path). Returning "stop" ends the run after this step, saved."""
 
     def __call__(self, event: Event, loop: TrainingLoop, record: Mapping[str, Any]) -> Literal["stop"] | None: ...
 
@@ -30,7 +30,11 @@ def load_callbacks(names: Iterable[str]) -> list[Callback]:
     for name in names:
         callback = load_object(name, key="training.callbacks")
         if isinstance(callback, type):
-            callback = callback()
+            try:
+                callback = callback()
+            except Exception as error:  # the user's own code may raise anything
+                raise ConfigError(f"{name} cannot be made: {error}", where="training.callbacks",
+                                  fix="let it be called without arguments") from error  # fmt: skip
         if not callable(callback):
             raise ConfigError(f"{name!r} cannot be called", where="training.callbacks", fix="name a function or class")
         found.append(callback)

@@ -41,12 +41,14 @@ class TrainingState:
     tokens: int = 0
     skipped_steps: int = 0
     best_value: float | None = None
+    best_step: int | None = None
     evaluations_without_gain: int = 0
     threads: int = 0
     plan: dict[str, Any] = field(default_factory=dict)
     data_fingerprint: str = ""
     model_fingerprint: str = ""
-    config: dict[str, Any] = field(default_factory=dict)
+    shuffle: bool = True
+    choices: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -65,7 +67,7 @@ def save_checkpoint(
         save_file(random_tensors, folder / "rng.safetensors")
         content = {
             **asdict(state),
-            "optimizer": {"type": type(optimizer).__name__, "values": plain},
+            "optimizer": {"type": type(optimizer).__name__, "values": plain, "groups": group_values(optimizer)},
             "scheduler": {"last_epoch": scheduler.last_epoch},
             "scaler": scaler.state_dict() if scaler is not None else {},
             "rng": random_plain,
@@ -207,6 +209,8 @@ def restore(
         )  # fmt: skip
     tensors = load_file(checkpoint / "optimizer.safetensors")
     unpack_optimizer(model, optimizer, tensors, rest["optimizer"]["values"])
+    for group, values in zip(optimizer.param_groups, rest["optimizer"]["groups"], strict=True):
+        group.update(values)
     scheduler.last_epoch = rest["scheduler"]["last_epoch"]
     for group, base, shape in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * shape(scheduler.last_epoch)
@@ -260,6 +264,16 @@ def unpack_optimizer(
         optimizer.state[parameter][key] = value
 
 
+def group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What some optimizers count in their parameter groups; settings follow from the configuration instead."""
+    settings = {"params", "lr", "initial_lr", "weight_decay", "betas", "eps", "momentum"}
+    kinds = (bool, int, float, str, list)
+    return [
+        {key: value for key, value in group.items() if key not in settings and isinstance(value, kinds)}
+        for group in optimizer.param_groups
+    ]
+
+
 def _fits(optimizer: torch.optim.Optimizer, key: str, value: Any, parameter: torch.Tensor) -> bool:
     """Whether a state has the shape that torch's optimizers give it; what others keep is theirs to know."""
     if not isinstance(value, torch.Tensor) or not type(optimizer).__module__.startswith("torch."):
@@ -273,7 +287,9 @@ def _fits(optimizer: torch.optim.Optimizer, key: str, value: Any, parameter: tor
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    from llamahome.model.adapters import trainable_parameters
+
+    return iter(trainable_parameters(model))
 
 
 def pack_rng() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

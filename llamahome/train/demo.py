@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llamahome.config import Config
+from llamahome.config.tree import same_setting
 from llamahome.demo import DEMO_QUESTION, DEMO_SETTINGS, write_demo_data
 
 
@@ -17,7 +18,8 @@ def demo_config(config: Config, overrides: Sequence[str], *, own_settings: bool)
 
     With `own_settings` (a file of the user's) only the data are the demo's.
     """
-    given = {override.partition("=")[0] for override in overrides}
+    keys = (override.partition("=")[0].partition(".") for override in overrides)
+    given = {".".join(name) for section, _, key in keys for name in same_setting((section, key))}
     cache = Path(config.cache.dir or os.environ.get("LLAMAHOME_CACHE") or "~/.cache/llamahome").expanduser()
     path = cache / "demo" / "python-docstrings.jsonl"
     write_demo_data(path)

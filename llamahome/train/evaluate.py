@@ -41,11 +41,11 @@ def evaluate_store(
     Raises: DataError when there is no trained token.
     """
     samples = np.arange(min(len(store), max_samples or len(store)), dtype=np.int64)
-    processor = BatchProcessor(store)
+    processor = BatchProcessor(store, round_rows=objective.rounds_rows)
     loss, correct = torch.zeros((), dtype=torch.float64), 0
     model = objective.model
     with evaluating(model), without_input_casts(model, precision.lowers), precision.autocast():
-        for ids in processor.cut(samples, token_budget=token_budget):
+        for ids in processor.cut(samples, token_budget=token_budget, max_samples=None if objective.packs else 1):
             part_loss, part_correct = objective.statistics(processor.build(ids))
             loss += part_loss.double().cpu()
             correct += int(part_correct)
@@ -59,6 +59,7 @@ def evaluate_store(
 def evaluate(model: str | Path, data: str | Path, config: Config | None = None) -> Evaluation:
     """Evaluate a model, adapter or checkpoint folder on a data file; what `llamahome train-eval` calls.
 
+    On all samples, unless `config` was given `training.eval_samples`.
     Raises: ModelError, DataError, ConfigError.
     """
     from llamahome.config import Config
@@ -72,6 +73,6 @@ def evaluate(model: str | Path, data: str | Path, config: Config | None = None) 
     store = prepare_evaluation(data, tokenizer, config)
     objective = build_objective(trained)
     budget = max(2048, int(store.lengths().max(initial=0)))
-    return evaluate_store(
-        objective, store, precision=precision, token_budget=budget, max_samples=config.training.eval_samples
-    )
+    asked = "eval_samples" in config.training.model_fields_set
+    max_samples = config.training.eval_samples if asked else None
+    return evaluate_store(objective, store, precision=precision, token_budget=budget, max_samples=max_samples)

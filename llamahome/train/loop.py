@@ -82,12 +82,16 @@ class TrainingLoop:
         norm = float(clip_gradients(self._parameters, self.max_grad_norm))
         loss = float(gradient.loss)
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        if self.scaler.is_enabled() or (math.isfinite(loss) and math.isfinite(norm)):
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        # fp16: a gradient beyond its range is the scaler's to skip, as long as it does not go on.
+        overflow = self.scaler.is_enabled() and math.isfinite(loss) and not finite
+        if finite or overflow:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        if finite:
             self._skipped_in_a_row = 0
         else:
-            self._nonfinite(loss, norm, samples, gradient)
+            self._nonfinite(loss, norm, samples, gradient, stop=self.on_nonfinite == "stop" and not overflow)
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         self.state.step += 1
@@ -124,7 +128,7 @@ class TrainingLoop:
                 longest = max(int(self.batches.store.lengths(ids).sum()) for ids in cut)
                 failure = error.with_traceback(None)  # the frames hold the activations
             self.optimizer.zero_grad(set_to_none=True)
-            for event in self._oom.handle(failure, micro_batch_tokens=longest, step=self.state.step):
+            for event in self._oom.handle(failure, micro_batch_tokens=longest, step=self.state.step + 1):
                 self.on_event(event)
 
     def _forward(self, batch: Any) -> torch.Tensor:
@@ -132,11 +136,7 @@ class TrainingLoop:
             return self.objective(batch)
 
     def _budget(self) -> int | None:
-        """The governor's token budget; none while the user's own batch size holds."""
-        if self.governor is None:
-            return None
-        out_of_memory = self._oom is not None and self._oom.count > 0
-        return self.governor.token_budget if self.batches.max_samples is None or out_of_memory else None
+        return self.governor.token_budget if self.governor is not None else None
 
     def _observe(self, gradient: Gradient) -> None:
         if self.governor is None:
@@ -146,13 +146,13 @@ class TrainingLoop:
             self.on_event({"step": self.state.step, **event})
         self.state.plan = self.governor.state_dict()
 
-    def _nonfinite(self, loss: float, norm: float, samples: Ids, gradient: Gradient) -> None:
-        """Stop, or drop the step, by `on_nonfinite`."""
+    def _nonfinite(self, loss: float, norm: float, samples: Ids, gradient: Gradient, *, stop: bool) -> None:
+        """Stop, or count the dropped step; too many in a row stop in any case."""
         fault = f"loss {loss}, gradient norm {norm} in step {self.state.step + 1}"
         names = self._culprits(samples, gradient)
         self._skipped_in_a_row += 1
         self.state.skipped_steps += 1
-        if self.on_nonfinite == "stop" or self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+        if stop or self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
                 fault, where=f"samples {names}",
                 fix="lower optimization.learning_rate, check these samples, or set optimization.on_nonfinite: skip",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llamahome import kernels
 from llamahome.data.batch import MicroBatch
 from llamahome.errors import ConfigError, ModelError
+from llamahome.model.attention import NAME
 from llamahome.plugins import load_object
 
 
@@ -61,6 +62,16 @@ class Objective:
         softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         return {"bias": self.head.bias, "logit_scale": scale / divisor, "softcap": softcap}
 
+    @cached_property
+    def packs(self) -> bool:
+        """Whether samples that share a row leave each other alone in this model, tried once on a few tokens."""
+        return respects_boundaries(self)
+
+    @property
+    def rounds_rows(self) -> bool:
+        """Whether rows may be filled up at their end: only the engine's attention leaves such tokens out."""
+        return self.packs and self.causal.config._attn_implementation == NAME
+
     def trained_hidden(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Hidden states [N, h] at the tokens whose successors are trained, and these successors [N]."""
         # Found where the batch was built, so that a GPU is not waited for.
@@ -101,7 +112,7 @@ def decode(causal: Any, batch: MicroBatch) -> Tensor:
     if implementation.startswith("flash"):
         longest = max(batch.lengths)
         lengths |= {"max_length_q": longest, "max_length_k": longest}
-    elif implementation != "llamahome":
+    elif implementation != NAME:
         lengths = {}
     output = causal.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **lengths)
     hidden: Tensor = output.last_hidden_state
@@ -148,7 +159,7 @@ def _check_projection(objective: Objective) -> None:
     if not torch.allclose(ours.float(), expected, rtol=1e-2, atol=1e-2):
         raise ModelError(
             f"{type(causal).__name__} changes its logits after the output projection in a way that is not supported",
-            fix="use another model, or give training.loss your own function",
+            fix="use another model",
         )
 
 

@@ -76,7 +76,13 @@ def build_optimizer(model: nn.Module, settings: OptimizationSettings) -> torch.o
     Raises: ConfigError when it is unknown or fails.
     """
     build = load_object(settings.optimizer, key="optimization.optimizer", known=OPTIMIZERS)
-    optimizer: torch.optim.Optimizer = build(decay_groups(model, settings.weight_decay), settings)
+    try:
+        optimizer: torch.optim.Optimizer = build(decay_groups(model, settings.weight_decay), settings)
+    except Exception as error:  # the user's own code may raise anything
+        raise ConfigError(
+            f"{settings.optimizer} cannot be built: {error}", where="optimization.optimizer",
+            fix="name a function of the parameter groups and the optimization settings",
+        ) from error  # fmt: skip
     return optimizer
 
 

@@ -18,7 +18,7 @@ from llamahome.train.checkpoint import TrainingState, load_state, newest_good, s
 from llamahome.train.rundir import STATUS_FILE
 
 logger = logging.getLogger(__name__)
-_HOPELESS = (0, 2, 3, 4, 7, 9, 130, 143)
+_HOPELESS = (0, 2, 3, 4, 5, 7, 9, 130, 143)
 
 
 class ResourceRecovery:
@@ -29,19 +29,19 @@ class ResourceRecovery:
 
     def __init__(self, path: Path) -> None:
         self.checkpoint = newest_good(path)
+        self.step = load_state(self.checkpoint)[0].step
 
     def recover(self) -> Path:
         """Set later checkpoints aside, drop metrics past the checkpoint, return it. Raises: StorageError."""
-        state, _ = load_state(self.checkpoint)
         set_aside_after(self.checkpoint)
-        JsonlSink.truncate_after(self.checkpoint.parent / METRICS_FILE, state.step)
+        JsonlSink.truncate_after(self.checkpoint.parent / METRICS_FILE, self.step)
         return self.checkpoint
 
 
 def supervise(train: Sequence[str], resume: Sequence[str], run: Path, retries: int) -> int:
     """Run the command `train` in a process of its own; after a crash run `resume`, at most `retries` times.
 
-    Errors that would come again (configuration, data, model, non-finite numbers) end it at once, and so does a signal,
+    Errors that would come again (configuration, data, model, memory limit, non-finite numbers) end it at once, and so does a signal,
     which is passed on. Returns the last exit code.
     """
     command = list(train)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llamahome.config import Config, parse_size
-from llamahome.errors import Interrupted, LlamaHomeError, StorageError
-from llamahome.files import publish_folder
+from llamahome.errors import Interrupted, LlamaHomeError, MemoryLimitError, StorageError
 from llamahome.memory.gpu import trim_gpu_cache
-from llamahome.model.export import write_model
+from llamahome.memory.oom import is_oom
+from llamahome.model.export import save_model
 from llamahome.monitor.metrics import StepRecord
 from llamahome.monitor.progress import Progress
 from llamahome.monitor.sinks import MetricSink, build_sinks
@@ -63,7 +64,6 @@ class Run:
     callbacks: list[Callback]
     before: Evaluation | None = None
     after: Evaluation | None = None
-    best_step: int | None = None
     saved_step: int = field(default=-1)
 
     @property
@@ -108,7 +108,8 @@ def _guarded(
     before: Callable[[Any, Any], None] | None, after: Callable[[Any, Any], None] | None,
 ) -> RunResult:  # fmt: skip
     """The run, with its end written to status.json whatever happens."""
-    folder.write_status("running", None, "starting", 0, resumable=recovery is not None)
+    step = recovery.step if recovery else 0
+    folder.write_status("running", None, "starting", step, resumable=recovery is not None)
     run = None
     try:
         run = _open(config, folder, recovery, view)
@@ -118,17 +119,22 @@ def _guarded(
         if after:
             after(run.parts.model, run.parts.tokenizer)
         folder.write_status("done", 0, "finished", run.state.step, resumable=False)
-        return RunResult(folder.path, run.state.step, run.before, run.after, run.best_step)
+        return RunResult(folder.path, run.state.step, run.before, run.after, run.state.best_step)
     except BaseException as error:
+        if is_oom(error):
+            error = MemoryLimitError(
+                f"out of memory: {str(error).strip() or type(error).__name__}", where="training.memory_limit",
+                fix="lower data.max_length, or set processing.gradient_checkpointing: true",
+            ).with_traceback(error.__traceback__)  # fmt: skip
         code = error.exit_code if isinstance(error, LlamaHomeError) else 1
-        step = run.state.step if run else 0
+        step = run.state.step if run else step
         state: State = "stopped" if isinstance(error, Interrupted) else "failed"
         resumable = bool(checkpoints.checkpoints(folder.path))
         try:
             folder.write_status(state, code, str(error), step, resumable=resumable)
         except StorageError as second:  # the first error says why the run ended
             logger.warning("%s", second)
-        raise
+        raise error
     finally:
         if run:
             _close(run)
@@ -176,8 +182,7 @@ def _go(run: Run, signals: StopSignal) -> None:
             _save(run)
         if not last:
             _stop_here(run, signals)
-    with publish_folder(run.folder.path / "final") as final:
-        write_model(run.parts.model, run.parts.tokenizer, final)
+    save_model(run.parts.model, run.parts.tokenizer, run.folder.path / "final")
     call_all(run.callbacks, "train_end", run.loop, {})
 
 
@@ -192,9 +197,10 @@ def _stop_here(run: Run, signals: StopSignal) -> None:
 def _evaluate(run: Run) -> Evaluation:
     parts = run.parts
     assert parts.prepared.validation is not None
+    assert parts.loop.governor is not None
     evaluation = evaluate_store(
         parts.loop.objective, parts.prepared.validation, precision=parts.precision,
-        token_budget=parts.evaluation_budget, max_samples=run.config.training.eval_samples,
+        token_budget=parts.loop.governor.token_budget, max_samples=run.config.training.eval_samples,
     )  # fmt: skip
     _forget_peak(run)
     return evaluation
@@ -220,13 +226,10 @@ def _evaluated(run: Run, record: StepRecord) -> bool:
     record.update(_eval_fields(run.after))
     wants_stop = call_all(run.callbacks, "evaluate", run.loop, record)
     settings, state = run.config.optimization, run.state
-    value = float(record[run.config.training.best_metric])
-    sign = -1 if "accuracy" in run.config.training.best_metric else 1
-    gain = float("inf") if state.best_value is None else sign * (state.best_value - value)
-    if gain > settings.early_stopping_min_delta:
-        state.best_value, state.evaluations_without_gain, run.best_step = value, 0, state.step
-        with publish_folder(run.folder.path / "best") as best:
-            write_model(run.parts.model, run.parts.tokenizer, best)
+    value = record[run.config.training.best_metric]
+    if _is_better(value, run.config.training.best_metric, state.best_value, settings.early_stopping_min_delta):
+        state.best_value, state.evaluations_without_gain, state.best_step = value, 0, state.step
+        save_model(run.parts.model, run.parts.tokenizer, run.folder.path / "best")
     else:
         state.evaluations_without_gain += 1
     patience = settings.early_stopping_patience
@@ -234,6 +237,13 @@ def _evaluated(run: Run, record: StepRecord) -> bool:
         _event(run, {"event": "early_stop", "step": state.step, "best": state.best_value})
         return True
     return wants_stop
+
+
+def _is_better(value: float | None, metric: str, best: float | None, min_delta: float) -> bool:
+    """Accuracies should rise, all else should fall; what is no finite number is never better."""
+    if value is None or not math.isfinite(value):
+        return False
+    return best is None or (value - best if "accuracy" in metric else best - value) > min_delta
 
 
 def _save(run: Run) -> None:
@@ -244,6 +254,7 @@ def _save(run: Run) -> None:
         run.folder.path, run.state, parts.model, parts.tokenizer, loop.optimizer, loop.scheduler, loop.scaler
     )
     run.saved_step = run.state.step
+    run.folder.write_status("running", None, f"step {run.state.step} saved", run.state.step, resumable=True)
     checkpoints.retain(run.folder.path, run.config.training.keep_last)
     _event(run, {"event": "checkpoint", "step": run.state.step, "path": path.name})
     call_all(run.callbacks, "checkpoint", run.loop, {"path": str(path), "step": run.state.step})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from llamahome.data.dataset import StepOrder
 from llamahome.data.prepare import Prepared, prepare
 from llamahome.data.report import unpack_place
 from llamahome.data.store import TokenStore
-from llamahome.errors import ConfigError, MemoryLimitError, MissingError, UsageError
+from llamahome.errors import ConfigError, MemoryLimitError, MissingError, ModelError, UsageError
 from llamahome.memory.governor import MemoryGovernor
 from llamahome.memory.monitor import MemoryMonitor, format_bytes, resolve_limit
 from llamahome.memory.plan import plan_memory
@@ -41,7 +42,7 @@ from llamahome.monitor.tracker import PerformanceTracker, measure_matmul_peak, t
 from llamahome.train import checkpoint as checkpoints
 from llamahome.train.checkpoint import TrainingState
 from llamahome.train.loop import TrainingLoop
-from llamahome.train.objective import Objective, build_objective, flat_row, respects_boundaries
+from llamahome.train.objective import Objective, build_objective, flat_row
 from llamahome.train.optim import build_optimizer, build_scheduler
 from llamahome.train.precision import Precision, resolve_precision
 from llamahome.train.recovery import resumed_state
@@ -62,7 +63,6 @@ class Assembled:
     prepared: Prepared
     resources: ResourceMonitor
     steps_per_epoch: int
-    evaluation_budget: int
     facts: dict[str, Any]
 
 
@@ -72,8 +72,9 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
     Raises: ConfigError, DataError, ModelError, MemoryLimitError, StorageError, CheckpointError.
     """
     check_supported(config)
+    metrics = load_metrics(config.training.metrics)
+    check_best_metric(config, metrics)
     device = resolve_device(config)
-    precision = resolve_precision(config, device)
     source = resolve_model(None, config.model, config.cache.dir)
     check_model_folder(source.folder, trust_remote_code=source.trust_remote_code, allow_pickle=source.allow_pickle)
     tokenizer = load_tokenizer(source)
@@ -84,6 +85,8 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
         config.data.path, tokenizer, config=config, eval_data=config.data.eval_path, vocab_size=shape.vocabulary
     )
     state = _state(config, prepared, source, found)
+    config = settled(config, state)
+    precision = resolve_precision(config, device)
     state.threads = set_threads(config, state.threads)
     governor = _governor(config, source, prepared, state, precision, device)
     model = load_for_training(config, source, device, precision, checkpointing=governor.plan.gradient_checkpointing)
@@ -93,6 +96,11 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
         objective.causal, config.processing.compile_mode, tokens=_tokens_to_train(prepared, state),
         trial=lambda: _try_once(objective, precision),
     )  # fmt: skip
+    state.choices = {
+        "processing.precision": precision.name,
+        "processing.compile_mode": mode,
+        "processing.gradient_checkpointing": governor.plan.gradient_checkpointing,
+    }
     optimizer = build_optimizer(model, config.optimization)
     resources = ResourceMonitor(
         folder.path, dict(config.monitor.thresholds.items()),
@@ -103,7 +111,7 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
         scheduler=build_scheduler(optimizer, config.optimization, state.total_steps),
         max_grad_norm=config.optimization.max_grad_norm, on_nonfinite=config.optimization.on_nonfinite,
         metrics=MetricsCollector(
-            metrics=load_metrics(config.training.metrics), memory_limit_bytes=governor.limit_bytes,
+            metrics=metrics, memory_limit_bytes=governor.limit_bytes,
             tracker=_tracker(config, shape, model, precision, state),
             read_memory=lambda: governor.reading, gpu_utilization=resources.gpu_utilization,
         ),
@@ -129,8 +137,7 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
     }
     _say(facts, config)
     return Assembled(
-        model, tokenizer, loop, precision, prepared, resources, batches.order.steps_per_epoch, governor.token_budget,
-        facts,
+        model, tokenizer, loop, precision, prepared, resources, batches.order.steps_per_epoch, facts,
     )  # fmt: skip
 
 
@@ -139,6 +146,12 @@ def _state(config: Config, prepared: Prepared, source: ModelSource, found: Path 
     data, model = prepared.train.fingerprint, model_fingerprint(source.folder)
     if found is not None:
         state = resumed_state(found, data, model)
+        for key, asked_for, stored in (
+            ("training.seed", config.training.seed, state.seed), ("data.shuffle", config.data.shuffle, state.shuffle)
+        ):  # fmt: skip
+            if asked_for != stored:
+                raise ConfigError(f"{asked_for} would change the samples of the steps, the run has {stored}", where=key,
+                                  fix="leave it out, or start a new run")  # fmt: skip
         asked = config.optimization.global_batch_size
         if asked is not None and asked != state.samples_per_step:
             raise ConfigError(
@@ -147,10 +160,22 @@ def _state(config: Config, prepared: Prepared, source: ModelSource, found: Path 
             )  # fmt: skip
     else:
         state = TrainingState(samples_per_step=config.global_batch_size(), seed=config.training.seed)
-        state.data_fingerprint, state.model_fingerprint = data, model
+        state.data_fingerprint, state.model_fingerprint, state.shuffle = data, model, config.data.shuffle
     steps_per_epoch = -(-len(prepared.train) // state.samples_per_step)
     state.total_steps = config.optimization.max_steps or config.training.epochs * steps_per_epoch
     return state
+
+
+def settled(config: Config, state: TrainingState) -> Config:
+    """`config` with what a resumed run chose for `auto` when it began: other choices would give other bits."""
+    stored = {
+        key: value
+        for key, value in state.choices.items()
+        if getattr(config.processing, key.partition(".")[2]) == "auto"
+    }
+    if stored.get("processing.precision") == "fp32":
+        stored |= {"processing.mixed_precision": False}
+    return config.with_values(stored) if stored else config
 
 
 def _governor(
@@ -271,6 +296,14 @@ def set_threads(config: Config, stored: int = 0) -> int:
     return threads
 
 
+def check_best_metric(config: Config, metrics: Iterable[str]) -> None:
+    """Raises: ConfigError when `training.best_metric` names no figure of an evaluation's record."""
+    known = ["eval_loss", "eval_perplexity", "eval_token_accuracy", *metrics]
+    if config.training.best_metric not in known:
+        raise ConfigError(f"no figure is called {config.training.best_metric!r}", where="training.best_metric",
+                          fix=f"choose one of {', '.join(known)}")  # fmt: skip
+
+
 def attention_name(config: Config) -> str:
     """The implementation's name for transformers. Raises: ConfigError for one that this machine lacks."""
     asked = config.processing.attention
@@ -284,11 +317,22 @@ def load_for_training(
 ) -> Any:
     """The base model in the precision of frozen weights (fp32 where they are trained), with its adapter."""
     dtype = torch.float32 if config.training.method == "full" else precision.frozen
-    model = load_model(source, dtype=dtype, device=device, attention=attention_name(config))
-    model = apply_adapter(model, config)
+    model = apply_adapter(_load_with_attention(config, source, dtype, device), config)
     if checkpointing:
         enable_checkpointing(model)
     return model
+
+
+def _load_with_attention(config: Config, source: ModelSource, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model with the attention asked for; `auto` falls back where an architecture does not know the engine's."""
+    name = attention_name(config)
+    try:
+        return load_model(source, dtype=dtype, device=device, attention=name)
+    except (ConfigError, ModelError) as error:
+        if config.processing.attention != "auto" or name not in str(error):
+            raise
+        logger.info("this architecture has its own attention: processing.attention is eager")
+        return load_model(source, dtype=dtype, device=device, attention="eager")
 
 
 def load_trained_model(path: str, config: Config, device: torch.device, precision: Precision) -> tuple[Any, Any]:
@@ -311,16 +355,13 @@ def build_batches(config: Config, prepared: Prepared, samples_per_step: int, obj
     store = prepared.train
     order = StepOrder(len(store), samples_per_step, seed=config.training.seed, shuffle=config.data.shuffle)
     max_samples = None if config.training.batch_size == "auto" else int(config.training.batch_size)
-    if not respects_boundaries(objective):
-        if attention_name(config) == attention.NAME or max_samples is None:
-            logger.warning(
-                "%s mixes samples that share a row: one sample per micro-batch", type(objective.causal).__name__
-            )
+    if not objective.packs:
+        logger.warning("%s mixes samples that share a row: one sample per micro-batch", type(objective.causal).__name__)
         max_samples = 1
     pin = config.training.pin_memory and objective.head.weight.device.type == "cuda"
     place = lambda i: prepared.report.place(unpack_place(store.source(i)))  # noqa: E731
     return StepBatches(
-        store, order, BatchProcessor(store, pin_memory=pin), max_samples, place, config.training.prefetch_factor
+        store, order, BatchProcessor(store, pin, objective.rounds_rows), max_samples, place, config.training.prefetch_factor
     )
 
 

@@ -31,10 +31,8 @@ class StepBatches:
     read_ahead: int = 2
 
     def cut(self, samples: Ids, token_budget: int | None) -> list[Ids]:
-        """Micro-batches of at most `token_budget` tokens, or of `max_samples` samples where no budget is given."""
-        if token_budget is None:
-            return self.processor.cut(samples, max_samples=self.max_samples or len(samples))
-        return self.processor.cut(samples, token_budget=token_budget)
+        """Micro-batches of at most `max_samples` samples and, as far as whole samples go, `token_budget` tokens."""
+        return self.processor.cut(samples, token_budget=token_budget, max_samples=self.max_samples)
 
     def prefetch(self, step: int, first: bool) -> None:
         """Begin to read the samples `read_ahead` steps ahead of `step`; at the `first` step all up to there."""

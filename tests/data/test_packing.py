@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamahome import _C
-from llamahome.data.batch import BatchProcessor
+from llamahome.data.batch import BatchProcessor, row_size
 from llamahome.data.store import TokenStore, TokenStoreWriter
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=200)
@@ -85,9 +85,20 @@ def test_a_cut_by_samples_keeps_the_order(store: TokenStore) -> None:
     assert [group.tolist() for group in processor.cut([5, 1, 3, 0, 2], max_samples=2)] == [[5, 1], [3, 0], [2]]
     assert [group.tolist() for group in processor.cut([5, 1])] == [[5, 1]]
     assert processor.cut([]) == []
-    for limits in ({"token_budget": 4, "max_samples": 2}, {"token_budget": 0}, {"max_samples": 0}):
+    for limits in ({"token_budget": 0}, {"max_samples": 0}):
         with pytest.raises(ValueError):
             processor.cut([1], **limits)
+
+
+def test_a_cut_obeys_both_limits(store: TokenStore) -> None:
+    ids = [5, 1, 3, 0, 2, 4]
+    groups = BatchProcessor(store).cut(ids, token_budget=6, max_samples=2)
+    assert sorted(i for group in groups for i in group.tolist()) == sorted(ids)
+    for group in groups:
+        lengths = store.lengths(group)
+        assert len(group) <= 2
+        assert lengths.sum() <= 6 or len(group) == 1
+        assert abs(ids.index(group[0]) - ids.index(group[-1])) < 2  # neighbours in the step's order
 
 
 def test_a_micro_batch_is_one_flat_row(store: TokenStore) -> None:
@@ -101,3 +112,14 @@ def test_a_micro_batch_is_one_flat_row(store: TokenStore) -> None:
     moved = batch.to("cpu")
     assert torch.equal(moved.labels, batch.labels)
     assert moved.num_trained == 4
+
+
+@pytest.mark.parametrize("tokens", [*range(1, 3000, 7), 4095, 4096, 4097, 100_000])
+def test_rows_have_few_sizes_and_little_filling(tokens: int) -> None:
+    size = row_size(tokens)
+    assert tokens <= size < tokens + 8 or size / tokens < 1.032
+    assert row_size(size) == size
+
+
+def test_there_are_thirty_two_sizes_between_powers_of_two() -> None:
+    assert len({row_size(tokens) for tokens in range(1025, 2049)}) == 32

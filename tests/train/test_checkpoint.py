@@ -7,8 +7,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llamahome.config import Config
-from llamahome.errors import CheckpointError, StorageError
-from llamahome.files import is_leftover, publish_folder, remove_folder, remove_leftovers, storage_errors, write_atomic
+from llamahome.errors import CheckpointError
 from llamahome.train.checkpoint import (
     TrainingState,
     checkpoints,
@@ -81,7 +78,7 @@ def schedule(optimizer):
     return build_scheduler(optimizer, Config().optimization, 9)
 
 
-def save(run, step=4, value=None):
+def save(run, step=4):
     model, optimizer = trained()
     state = TrainingState(step=step, seed=5)
     return save_checkpoint(run, state, model, Words(), optimizer, schedule(optimizer))
@@ -233,10 +230,10 @@ def test_going_on_from_an_older_one_sets_the_later_ones_aside(run):
     save(run, 5)
     retain(run, 1)
     assert newest_good(run) == run / "checkpoint-5"
-    assert fault_of(run / "checkpoint-8.superseded") is None or (run / "checkpoint-8.superseded").is_dir()
     save(run, 8)
     set_aside_after(run / "checkpoint-5")
-    assert {path.name for path in run.glob("*.superseded")} == {f"checkpoint-{n}.superseded" for n in (6, 8)}
+    aside = {path.name: fault_of(path) for path in run.glob("*.superseded")}
+    assert aside == {"checkpoint-6.superseded": None, "checkpoint-8.superseded": None}
 
 
 def test_where_the_model_of_a_run_is(run, tmp_path):
@@ -256,20 +253,15 @@ def test_what_is_no_run(tmp_path, saved):
     assert run_of(copy) == tmp_path
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{}", b"[]", b'{"optimizer": {}, "scheduler": {}, "scaler": {}, "rng": {}, "x": 1}']
-)
+STRANGER = b'{"optimizer": {}, "scheduler": {}, "scaler": {}, "rng": {}, "stranger": 1}'
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", STRANGER])
 def test_a_state_that_cannot_be_read(saved, content):
     (saved / "training_state.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"cannot be read: .*training_state.json"):
-        raise_with_place(lambda: load_state(saved))
-
-
-def raise_with_place(call):
-    try:
-        call()
-    except CheckpointError as error:
-        raise CheckpointError(str(error)) from error
+    with pytest.raises(CheckpointError, match="cannot be read: ") as raised:
+        load_state(saved)
+    assert raised.value.where.endswith("checkpoint-4/training_state.json")
 
 
 def test_the_state_comes_back(tmp_path):
@@ -302,9 +294,7 @@ def test_a_state_of_another_shape_or_parameter_is_refused(name):
     wrong = [(tensors | {"other|exp_avg": torch.zeros(5)}, plain), (tensors, plain | {"other|x": 1})]
     for key, value in tensors.items():
         shapes = [(5, 3), (3, 5, 1), (1, 1), (4,), (1, 5), (3, 1), (15,), ()] if value.dim() else [(1,), (3, 5)]
-        for shape in shapes:
-            if shape != tuple(value.shape):
-                wrong.append((tensors | {key: torch.zeros(shape)}, plain))
+        wrong += [(tensors | {key: torch.zeros(s)}, plain) for s in shapes if s != tuple(value.shape)]
     for given in wrong:
         with pytest.raises(CheckpointError, match="does not fit this model"):
             unpack_optimizer(Plain(), trained(name, steps=0)[1], *given)

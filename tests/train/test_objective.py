@@ -29,9 +29,11 @@ def test_a_packed_row_gives_the_sum_of_its_samples(make_model, store, attention,
     for i in (3, 0, 7, 21):
         batch = processor.build([i])
         alone = alone + _their_loss(model, batch.input_ids, batch.labels)
-    torch.testing.assert_close(packed, alone, rtol=1e-10, atol=1e-10)
+    # transformers' eager attention takes its softmax in fp32 whatever the model's type.
+    bound = 1e-6 if attention == "eager" else 1e-10
+    torch.testing.assert_close(packed, alone, rtol=bound, atol=bound)
     for ours, theirs in zip(gradients, torch.autograd.grad(alone, parameters), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(ours, theirs, rtol=1e3 * bound, atol=10 * bound)
 
 
 def test_a_changed_sample_leaves_every_bit_of_the_others_hidden_states(make_model):
@@ -113,3 +115,20 @@ def test_gradient_checkpointing_changes_no_bit(make_model, store):
         Objective(model)(batch).backward()
         results.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("samples", [[3, 0, 7, 21], [1]])
+def test_a_row_filled_up_to_its_size_gives_the_same_loss_and_gradient(make_model, store, samples):
+    model = make_model().double()
+    objective = build_objective(model)
+    assert objective.rounds_rows
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    results = []
+    for processor in (BatchProcessor(store), BatchProcessor(store, round_rows=True)):
+        batch = processor.build(samples)
+        loss = objective(batch)
+        results.append([loss, *torch.autograd.grad(loss, parameters)])
+    assert batch.input_ids.shape[1] % 8 == 0
+    assert batch.input_ids.shape[1] > batch.num_tokens == int(batch.cu_seqlens[-1])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-12)
