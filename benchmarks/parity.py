@@ -25,7 +25,7 @@ from llamahome.data.prepare import prepare
 from llamahome.demo import write_demo_data
 from llamahome.model.adapters import apply_adapter
 from llamahome.model.load import load_model, load_tokenizer, resolve_model
-from llamahome.train.run import train
+from llamahome.training.run import train
 
 
 def settings(args: argparse.Namespace, output: Path) -> dict[str, Any]:

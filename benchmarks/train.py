@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from llamahome.config import Config
 from llamahome.demo import write_demo_data
-from llamahome.train.run import train
+from llamahome.training.run import train
 
 
 def main() -> None:

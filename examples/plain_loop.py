@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llamahome as lh
 from llamahome.model.attention import NAME, register
-from llamahome.train.checkpoint import TrainingState
-from llamahome.train.step import StepBatches
+from llamahome.training.checkpoint import TrainingState
+from llamahome.training.step import StepBatches
 
 
 def main(data: str, model_name: str) -> list[float]:

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from llamahome.monitor.metrics import MetricsCollector
     from llamahome.monitor.resources import ResourceMonitor
     from llamahome.monitor.tracker import PerformanceTracker
-    from llamahome.train.evaluate import evaluate
-    from llamahome.train.loop import TrainingLoop
-    from llamahome.train.recovery import ResourceRecovery
-    from llamahome.train.run import train
+    from llamahome.training.evaluate import evaluate
+    from llamahome.training.loop import TrainingLoop
+    from llamahome.training.recovery import ResourceRecovery
+    from llamahome.training.run import train
 
 __version__ = "0.1.0"
 
@@ -41,15 +41,15 @@ _HOMES = {
     "OOMHandler": "memory.oom",
     "PerformanceTracker": "monitor.tracker",
     "ResourceMonitor": "monitor.resources",
-    "ResourceRecovery": "train.recovery",
+    "ResourceRecovery": "training.recovery",
     "StepOrder": "data.dataset",
     "StreamingDataset": "data.dataset",
     "TokenStore": "data.store",
-    "TrainingLoop": "train.loop",
-    "evaluate": "train.evaluate",
+    "TrainingLoop": "training.loop",
+    "evaluate": "training.evaluate",
     "plan_memory": "memory.plan",
     "prepare": "data.prepare",
-    "train": "train.run",
+    "train": "training.run",
 }
 _MODULES = ("errors", "kernels")
 

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -59,21 +60,23 @@ def cli(debug: bool) -> None:
 @_settings
 def train(data: str | None, model: str | None, output: Path | None, eval_data: str | None, **given: Any) -> None:
     """Fine-tune a model on DATA (file, folder, glob or hub id); without DATA on built-in examples."""
-    from llamahome.train.signals import StopSignal
+    from llamahome.training.signals import StopSignal
 
     with StopSignal() as signals:
         paths = {"data.path": data, "data.eval_path": eval_data, "model.name": model, "training.output": output}
         values: dict[str, object] = {key: str(value) for key, value in paths.items() if value is not None}
         config = _config(given, values)
-        if config.training.retries:
-            _supervise(config, Path(config.training.output))
-        from llamahome.train.demo import demo_config, talk
-        from llamahome.train.run import train as run_training
-
         hooks = {}
         if config.data.path is None:
+            from llamahome.training.demo import demo_config, talk
+
             config = demo_config(config, given["overrides"], own_settings=given["config_file"] is not None)
             hooks = {"before": talk("before", _print), "after": talk("after", _print)}
+        if config.training.retries:
+            words = [*sys.argv[1:], "--output", str(config.training.output)]
+            _supervise(words, given, config, Path(config.training.output))
+        from llamahome.training.run import train as run_training
+
         _finish(run_training(config, view=_view(config), signals=signals, **hooks))
 
 
@@ -82,16 +85,16 @@ def train(data: str | None, model: str | None, output: Path | None, eval_data: s
 @_settings
 def train_resume(checkpoint: Path, **given: Any) -> None:
     """Go on from CHECKPOINT: a checkpoint-N folder, or a run folder (its newest good one)."""
-    from llamahome.train.signals import StopSignal
+    from llamahome.training.signals import StopSignal
 
     with StopSignal() as signals:
-        from llamahome.train.checkpoint import run_of
-        from llamahome.train.run import resume, resumed_config
+        from llamahome.training.checkpoint import run_of
+        from llamahome.training.run import resume, resumed_config
 
         changes = _overrides(given), given["config_file"]
         config = resumed_config(checkpoint, *changes)
         if config.training.retries:
-            _supervise(config, run_of(checkpoint))
+            _supervise(sys.argv[1:], given, config, run_of(checkpoint))
         _finish(resume(checkpoint, *changes, view=_view, signals=signals))
 
 
@@ -107,8 +110,8 @@ def train_eval(model: str, data: str, output: Path | None, base: str | None, as_
     from dataclasses import asdict
 
     from llamahome.files import write_json
-    from llamahome.train.checkpoint import model_folder
-    from llamahome.train.evaluate import evaluate
+    from llamahome.training.checkpoint import model_folder
+    from llamahome.training.evaluate import evaluate
 
     config, folder = _config(given, _base(base)), Path(model).expanduser()
     result = evaluate(model_folder(folder) if folder.is_dir() else model, data, config)
@@ -134,7 +137,7 @@ def train_eval(model: str, data: str, output: Path | None, base: str | None, as_
 def merge(adapter: Path, output: Path, dtype: str | None, base: str | None, **given: Any) -> None:
     """Merge ADAPTER (its folder, or a run's) into its base model, proved equal to the adapter on probe prompts."""
     from llamahome.model.export import merge_adapter
-    from llamahome.train.checkpoint import model_folder
+    from llamahome.training.checkpoint import model_folder
 
     config, adapter = _config(given, _base(base)), model_folder(adapter.expanduser())
     _print(str(merge_adapter(adapter, output, config.model, dtype=dtype, cache_dir=config.cache.dir)))
@@ -142,7 +145,7 @@ def merge(adapter: Path, output: Path, dtype: str | None, base: str | None, **gi
 
 @cli.group()
 def data() -> None:
-    """Check data before training."""
+    """Check, prepare and verify data before training."""
 
 
 @data.command("check")
@@ -159,6 +162,55 @@ def data_check(path: str, model: str | None, as_json: bool, **given: Any) -> Non
     report = check(path, load_tokenizer(resolve_model(None, config.model, config.cache.dir)), config=config)
     _print(json.dumps(report.to_dict()) if as_json else report.to_text())
     if report.faults:
+        raise click.exceptions.Exit(3)
+
+
+@data.command("prepare")
+@click.argument("path", metavar="DATA")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to fill.")
+@click.option("--eval-data", help="Data to evaluate on; without it a part of DATA is held out.")
+@click.option("--shard", metavar="I/N", help="Do the I-th of N parts, for many machines; train on all of them.")
+@click.option("--model", help="Model whose tokenizer and chat template are used.")
+@_settings
+def data_prepare(
+    path: str, output: Path, eval_data: str | None, shard: str | None, model: str | None, **given: Any
+) -> None:
+    """Tokenise DATA into a folder that can be trained on. After a kill the same command goes on where it was."""
+    from llamahome.data.prepare import prepare_folder
+    from llamahome.data.progress import progress_view
+    from llamahome.model.load import load_tokenizer, resolve_model
+
+    found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", shard or "1/1", re.ASCII)
+    part = (int(found[1]), int(found[2])) if found else (1, 0)
+    if part[0] > part[1]:
+        raise click.BadParameter(f"{shard!r} is not I/N with I from 1 to N", param_hint="'--shard'")
+    config = _config(given, _base(model))
+    tokenizer = load_tokenizer(resolve_model(None, config.model, config.cache.dir))
+    with progress_view() as show:
+        report = prepare_folder(path, tokenizer, output, config=config, eval_data=eval_data, part=part, show=show)
+    _print(report.to_text())
+
+
+@data.command("verify")
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--cache", "whole_cache", is_flag=True, help="Every entry of the cache of tokenised data.")
+@_settings
+def data_verify(folders: tuple[Path, ...], whole_cache: bool, **given: Any) -> None:
+    """Read every byte of prepared FOLDERS; damage is named by file and byte, and ends with exit code 3."""
+    from llamahome.data.prepared import verify_all
+    from llamahome.memory.monitor import format_bytes
+
+    config = _config(given)
+    if not folders and not whole_cache:
+        raise click.UsageError("nothing to verify: name folders, or --cache")
+    faults = 0
+    for folder, found in verify_all(folders, config if whole_cache else None):
+        if isinstance(found, tuple):
+            _print(f"{folder}: {found[0]:,} documents in {format_bytes(found[1])}, all good")
+        else:
+            _say(f"error: {found}")
+            faults += 1
+    if faults:
         raise click.exceptions.Exit(3)
 
 
@@ -254,12 +306,13 @@ def _finish(result: Any) -> None:
         _print(line)
 
 
-def _supervise(config: Config, run: Path) -> None:
-    """Run this command in a process of its own and start it again when it is killed."""
-    from llamahome.train.recovery import supervise
+def _supervise(words: list[str], given: dict[str, Any], config: Config, run: Path) -> None:
+    """Run the command `words` in a process of its own and go on with the run when it is killed."""
+    from llamahome.training.recovery import supervise
 
     once = ["--set", "training.retries=0"]
-    code = supervise([*sys.argv[1:], *once], ["train-resume", str(run), *once], run, config.training.retries)
+    resume = ["train-resume", str(run), *(word for change in _overrides(given) for word in ("--set", change))]
+    code = supervise([*words, *once], [*resume, *once], run, config.training.retries)
     raise click.exceptions.Exit(code)
 
 

@@ -145,6 +145,8 @@ def _fix(error: OSError) -> str:
             return "free some space or choose another folder"
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return "choose a folder that you may write to"
+        case errno.EEXIST | errno.ENOTDIR | errno.EISDIR:
+            return "a file or folder is in the way: choose another place"
         case _:
             return "check the disk"
 

@@ -48,7 +48,7 @@ def load(name: str) -> ModuleType:
 
 
 def train(settings: dict[str, Any], **changes: Any) -> list[dict[str, Any]]:
-    from llamahome.train.run import train as run
+    from llamahome.training.run import train as run
 
     output = run(Config.load(None, {**settings, **changes})).output
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

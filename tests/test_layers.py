@@ -19,7 +19,7 @@ LAYERS = (
     {"memory", "monitor"},
     {"data"},
     {"model"},
-    {"train"},
+    {"training"},
     {"integrations", "cli", "__main__"},
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

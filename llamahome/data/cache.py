@@ -33,6 +33,7 @@ _LOCK = ".lock"
 _STAMP = ".cleaned"
 _LEFT_BEHIND = re.compile(r"\.(.+)\.(tmp|del)-\d+")
 _TOKENS = "tokens"
+_RETRY_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,16 @@ class Cache:
     def _claim(self, key: str, build: Callable[[Path], None]) -> Entry:
         path = self.folder / key
         while True:
-            lock = self._lock(key, fcntl.LOCK_SH)
-            if path.is_dir():
+            entry = self.hold(key)  # waits for a builder
+            if entry:
                 with suppress(OSError):  # a read-only cache still serves
-                    os.utime(lock)
-                return Entry(path, partial(os.close, lock))
-            os.close(lock)
-            lock = self._lock(key, fcntl.LOCK_EX)
+                    os.utime(self.folder / f"{key}{_LOCK}")
+                return entry
+            lock = self._lock(key, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock is None:
+                # Never wait for this lock: whoever has built meanwhile keeps the entry for as long as it trains.
+                time.sleep(_RETRY_SECONDS)
+                continue
             try:
                 if not path.is_dir():
                     self._remove_leftovers(key)
@@ -108,21 +112,33 @@ class Cache:
             finally:
                 os.close(lock)
 
-    def _lock(self, key: str, mode: int) -> int:
-        """An open descriptor that holds the lock of a key; says so when it has to wait."""
+    def hold(self, key: str) -> Entry | None:
+        """The entry of a key, if it is there; its age stays as it is."""
+        lock = self._lock(key, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if lock is None:
+            logger.info("another process prepares the same data; waiting for it")
+            lock = self._lock(key, fcntl.LOCK_SH)
+        assert lock is not None
+        path = self.folder / key
+        if path.is_dir():
+            return Entry(path, partial(os.close, lock))
+        os.close(lock)
+        return None
+
+    def _lock(self, key: str, mode: int) -> int | None:
+        """An open descriptor that holds the lock of a key; None if it is not to be had with LOCK_NB."""
         path = self.folder / f"{key}{_LOCK}"
         while True:
             lock = _open_lock(path)
             try:
-                try:
-                    fcntl.flock(lock, mode | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    logger.info("another process prepares the same data; waiting for it")
-                    fcntl.flock(lock, mode)
+                fcntl.flock(lock, mode)
                 # An evictor may have removed the file that we waited for.
                 with suppress(FileNotFoundError):
                     if os.fstat(lock).st_ino == path.stat().st_ino:
                         return lock
+            except BlockingIOError:
+                os.close(lock)
+                return None
             except BaseException:
                 os.close(lock)
                 raise

@@ -10,14 +10,27 @@ import csv
 import gzip
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from llamahome.data.jsonrows import read_json, read_jsonl
-from llamahome.data.rows import Line, Row, Rows, bad_row, kind_of, max_row_bytes, read_lines, too_long
+from llamahome.data.jsonrows import holds_lines, read_json, read_jsonl
+from llamahome.data.rows import (
+    Row,
+    Rows,
+    Stretch,
+    Text,
+    bad_row,
+    first_line,
+    kind_of,
+    max_row_bytes,
+    read_lines,
+    too_long,
+)
 from llamahome.data.sources import Plugin, Source, find_sources, open_hub_dataset, unreadable
 from llamahome.data.watchdog import TimeLimit, Watchdog
 from llamahome.errors import DataError
@@ -45,6 +58,24 @@ _DELIMITERS = ",;\t|"
 _END = object()
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source: from `begin` to before `end`, bytes of its (unzipped) text or rows; None is to the end.
+
+    It begins with the row of line (or record) `line` and has `lines` of them, 0 if not known. `size` is its share of
+    the work, in bytes.
+    """
+
+    begin: int = 0
+    end: int | None = None
+    line: int = 1
+    lines: int = 0
+    size: int = 0
+
+
+WHOLE = Piece()
+
+
 def find_files(paths: str | Path | Sequence[str | Path], settings: DataSettings) -> list[Source]:
     """The data files behind files, folders, globs and hub ids, in a fixed order. Raises: DataError, ConfigError."""
     formats = dict(EXTENSIONS) | {f".{name}": name for name in ("lines", "document")}
@@ -64,12 +95,12 @@ def read_rows(sources: Iterable[Source], settings: DataSettings, on_bad: Callabl
                 yield row
 
 
-def read_source(source: Source, settings: DataSettings) -> Rows:
-    """The rows of one source, and the errors of its bad rows as values. Raises: DataError as `read_rows`."""
+def read_source(source: Source, settings: DataSettings, piece: Piece = WHOLE) -> Rows:
+    """The rows of a source (or a piece), and the errors of its bad rows as values. Raises: DataError as `read_rows`."""
     source.refuse_change()
     count = 0
     try:
-        for row in _open(source, settings):
+        for row in _open(source, settings, piece):
             if isinstance(row, DataError):
                 source.refuse_change()  # which explains most things
             count += 1
@@ -78,7 +109,7 @@ def read_source(source: Source, settings: DataSettings) -> Rows:
         source.refuse_change()
         raise _read_error(source.name, error, count) from None
     source.refuse_change()
-    if not count:
+    if not count and piece.end is None:
         raise DataError("the file is empty", where=source.name, fix="name a file with rows")
 
 
@@ -95,15 +126,38 @@ def _damaged(file: str, error: Exception, rows: int) -> DataError:
     return DataError(f"damaged after {rows:,} rows: {error}", where=file, fix="make or download the file again")
 
 
-def _open(source: Source, settings: DataSettings) -> Rows:
+def _open(source: Source, settings: DataSettings, piece: Piece) -> Rows:
     if source.plugin:
         yield from _read_plugin(source, source.plugin)
     elif source.path is None:
         dataset = open_hub_dataset(source.name)
-        yield from (Row(dict(fields), source.name, number) for number, fields in enumerate(dataset, start=1))
+        numbers = range(piece.begin, len(dataset) if piece.end is None else piece.end)
+        rows = dataset if len(numbers) == len(dataset) else dataset.select(numbers)
+        yield from (Row(dict(fields), source.name, number + 1) for number, fields in zip(numbers, rows, strict=True))
     else:
-        with source.path.open("rb") as file, _unzipped(file) as stream:
-            yield from _reader(source.format, _head(stream))(stream, source.name, settings)
+        with open_text(source, settings) as (stream, kind):
+            if kind == "parquet":
+                yield from read_parquet(stream, source.name, piece)
+            elif piece.end is None:
+                yield from READERS[kind](stream, source.name, settings)
+            else:
+                part = Stretch(stream, piece.begin, piece.end, piece.line)
+                yield from LINE_READERS[kind](part, source.name, settings)
+
+
+@contextmanager
+def open_text(source: Source, settings: DataSettings) -> Iterator[tuple[BinaryIO, str]]:
+    """The unzipped bytes of a file and its format; what the first bytes prove wins over the extension."""
+    assert source.path is not None
+    with source.path.open("rb") as file, _unzipped(file) as stream:
+        head, kind = _head(stream), source.format
+        if head.startswith(b"PAR1"):
+            kind = "parquet"
+        elif kind == "jsonl" and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            kind = "json"
+        elif kind == "json" and holds_lines(stream, settings):
+            kind = "jsonl"
+        yield stream, kind
 
 
 def _unzipped(file: BinaryIO) -> AbstractContextManager[BinaryIO]:
@@ -118,24 +172,12 @@ def _head(stream: BinaryIO) -> bytes:
     return head
 
 
-Reader = Callable[[BinaryIO, str, "DataSettings"], Rows]
-
-
-def _reader(name: str, head: bytes) -> Reader:
-    """The reader of a format; what the first bytes prove wins over the extension."""
-    if head.startswith(b"PAR1"):
-        return READERS["parquet"]
-    if name == "jsonl" and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        return READERS["json"]
-    return READERS[name]
-
-
 class _Feed:
     """Lines for csv.reader, which must not see more than one row's worth at a time."""
 
-    def __init__(self, lines: Iterator[Line | DataError], file: str, max_bytes: int) -> None:
-        self.lines, self.file, self.max_bytes = lines, file, max_bytes
-        self.number, self.first, self.size = 0, 0, 0
+    def __init__(self, stream: Text, file: str, max_bytes: int) -> None:
+        self.lines, self.file, self.max_bytes = read_lines(stream, file, max_bytes), file, max_bytes
+        self.number, self.first, self.size = first_line(stream) - 1, 0, 0
 
     def begin_row(self) -> None:
         self.first, self.size = self.number + 1, 0
@@ -155,43 +197,66 @@ class _Feed:
         return line.text
 
 
-def read_csv(stream: BinaryIO, file: str, settings: DataSettings, *, delimiter: str = ",") -> Rows:
-    """A header line, then rows of text with as many columns."""
-    limit = max_row_bytes(settings)
-    csv.field_size_limit(max(limit, csv.field_size_limit()))
-    delimiter = settings.delimiter or delimiter
-    feed = _Feed(read_lines(stream, file, limit), file, limit)
-    rows = csv.reader(feed, delimiter=delimiter, strict=True)
-    header: list[str] = []
-    while (cells := _csv_cells(rows, feed)) is not None:
-        if isinstance(cells, DataError) and not header:
+class CsvCells:
+    """The rows of a CSV stream as lists of texts. `line` is where the last one began, `next_line` where one would."""
+
+    def __init__(self, stream: Text, file: str, settings: DataSettings, delimiter: str) -> None:
+        limit = max_row_bytes(settings)
+        csv.field_size_limit(max(limit, csv.field_size_limit()))
+        self.delimiter = settings.delimiter or delimiter
+        self._feed = _Feed(stream, file, limit)
+        self._rows = csv.reader(self._feed, delimiter=self.delimiter, strict=True)
+
+    @property
+    def line(self) -> int:
+        return self._feed.first
+
+    @property
+    def next_line(self) -> int:
+        return self._feed.number + 1
+
+    def next(self) -> list[str] | DataError | None:
+        """The next row that is not blank, its error, or None at the end."""
+        try:
+            while True:
+                self._feed.begin_row()
+                if cells := next(self._rows, None):
+                    return cells
+                if cells is None:
+                    return None
+        except DataError as error:
+            return error
+        except csv.Error as error:
+            known = {"unexpected end of data": "a quote is opened and never closed"}
+            what = known.get(str(error), f"invalid CSV: {error}")
+            fix = 'close the quote, and double a quote inside a field ("")'
+            return bad_row(what, self._feed.file, self._feed.first, fix=fix)
+
+    def header(self) -> list[str]:
+        """The first row, which names the columns; empty if there is none. Raises: DataError."""
+        cells = self.next()
+        if isinstance(cells, DataError):
             raise cells
+        return _checked_header(cells, self._feed.file, self.line, self.delimiter) if cells else []
+
+
+def read_csv(stream: Text, file: str, settings: DataSettings, *, delimiter: str = ",") -> Rows:
+    """A header line, then rows of text with as many columns. A stretch of a file has the file's header."""
+    whole = stream.stream if isinstance(stream, Stretch) else stream
+    whole.seek(0)
+    rows = CsvCells(whole, file, settings, delimiter)
+    header = rows.header()
+    if isinstance(stream, Stretch):
+        whole.seek(stream.begin)
+        rows = CsvCells(stream, file, settings, delimiter)
+    while (cells := rows.next()) is not None:
         if isinstance(cells, DataError):
             yield cells
-        elif not header:
-            header = _checked_header(cells, file, feed.first, delimiter)
         elif len(cells) == len(header):
-            yield Row(dict(zip(header, cells, strict=True)), file, feed.first)
-        elif cells:
+            yield Row(dict(zip(header, cells, strict=True)), file, rows.line)
+        else:
             counts = f"{len(cells)} columns where the header has {len(header)}"
-            yield bad_row(f"the row has {counts}", file, feed.first, fix="quote fields that hold the delimiter")
-
-
-def _csv_cells(rows: Iterator[list[str]], feed: _Feed) -> list[str] | DataError | None:
-    """The next row that is not blank, its error, or None at the end."""
-    try:
-        while True:
-            feed.begin_row()
-            if cells := next(rows, None):
-                return cells
-            if cells is None:
-                return None
-    except DataError as error:
-        return error
-    except csv.Error as error:
-        known = {"unexpected end of data": "a quote is opened and never closed"}
-        what = known.get(str(error), f"invalid CSV: {error}")
-        return bad_row(what, feed.file, feed.first, fix='close the quote, and double a quote inside a field ("")')
+            yield bad_row(f"the row has {counts}", file, rows.line, fix="quote fields that hold the delimiter")
 
 
 def _checked_header(names: list[str], file: str, line: int, delimiter: str) -> list[str]:
@@ -207,7 +272,7 @@ def _checked_header(names: list[str], file: str, line: int, delimiter: str) -> l
     return names
 
 
-def read_text(stream: BinaryIO, file: str, settings: DataSettings, *, unit: str = "text") -> Rows:
+def read_text(stream: Text, file: str, settings: DataSettings, *, unit: str = "text") -> Rows:
     """Paragraphs (`unit` "text"), lines ("lines") or the whole file ("document"), each as the field `text`."""
     limit = max_row_bytes(settings)
     block: list[str] = []
@@ -235,20 +300,31 @@ def _text_row(block: list[str], size: int, file: str, line: int, limit: int) -> 
     return Row({"text": "".join(block).rstrip("\r\n")}, file, line)
 
 
-def read_parquet(stream: BinaryIO, file: str, settings: DataSettings) -> Rows:
-    """The rows of a Parquet file; `line` is the number of the row."""
+def read_parquet(stream: BinaryIO, file: str, piece: Piece = WHOLE) -> Rows:
+    """The rows of a Parquet file, or of those row groups that begin in a piece; `line` is the number of the row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    number = piece.begin
     try:
         with pq.ParquetFile(stream) as parquet:
-            for batch in parquet.iter_batches(batch_size=256):
+            groups = [group for group, first in enumerate(first_rows(parquet)[:-1]) if _holds(piece, first)]
+            for batch in parquet.iter_batches(batch_size=256, row_groups=groups):
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(fields, file, number)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(file, error, number) from None
+
+
+def first_rows(parquet: Any) -> list[int]:
+    """The index of the first row of each row group of a Parquet file, and the number of all rows."""
+    counts = (parquet.metadata.row_group(group).num_rows for group in range(parquet.metadata.num_row_groups))
+    return list(accumulate(counts, initial=0))
+
+
+def _holds(piece: Piece, row: int) -> bool:
+    return piece.begin <= row and (piece.end is None or row < piece.end)
 
 
 def _read_plugin(source: Source, plugin: Plugin) -> Rows:
@@ -285,15 +361,15 @@ def _plugin_error(plugin: Plugin, what: str, file: str, number: int) -> DataErro
     return DataError(f"plugin {plugin.name!r} {what}", where=f"{file}:{number}", fix="mend the plugin")
 
 
-READERS: MappingProxyType[str, Reader] = MappingProxyType(
+LINE_READERS: MappingProxyType[str, Callable[[Text, str, DataSettings], Rows]] = MappingProxyType(
     {
         "jsonl": read_jsonl,
-        "json": read_json,
         "csv": read_csv,
         "tsv": partial(read_csv, delimiter="\t"),
         "text": read_text,
         "lines": partial(read_text, unit="lines"),
-        "document": partial(read_text, unit="document"),
-        "parquet": read_parquet,
     }
+)
+READERS: MappingProxyType[str, Callable[[BinaryIO, str, DataSettings], Rows]] = MappingProxyType(
+    {**LINE_READERS, "json": read_json, "document": partial(read_text, unit="document")}
 )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Generator
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
-from llamahome.data.rows import Line, Row, Rows, bad_row, kind_of, max_row_bytes, read_all, read_lines
+from llamahome.data.rows import Line, Row, Rows, Text, bad_row, kind_of, max_row_bytes, read_all, read_lines
 from llamahome.errors import DataError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _ROW_LISTS = ("messages", "conversations")  # columns of a row, not lists of row
 _MEND = "mend the file"
 
 
-def read_jsonl(stream: BinaryIO, file: str, settings: DataSettings) -> Rows:
+def read_jsonl(stream: Text, file: str, settings: DataSettings) -> Rows:
     """One JSON object per line; blank lines are passed over."""
     for line in read_lines(stream, file, max_row_bytes(settings)):
         if isinstance(line, DataError):
@@ -45,13 +45,7 @@ def _as_row(value: object, file: str, line: int) -> Row | DataError:
 
 
 def read_json(stream: BinaryIO, file: str, settings: DataSettings) -> Rows:
-    """An array of objects, an object that holds one such array, one object, or JSON Lines under the wrong name."""
-    first = stream.readline(max_row_bytes(settings) + 1)
-    more = bool(stream.readline(1))
-    stream.seek(0)
-    if more and _is_object(first):
-        yield from read_jsonl(stream, file, settings)
-        return
+    """An array of objects, an object that holds one such array, or one object."""
     text = read_all(stream, file, MAX_DOCUMENT_BYTES)
     start = _skip_space(text, 0)
     if text.startswith("[", start):
@@ -67,9 +61,15 @@ def read_json(stream: BinaryIO, file: str, settings: DataSettings) -> Rows:
         raise _fault(text, _skip_space(text, end), "there is more after the end", file)
 
 
-def _is_object(line: bytes) -> bool:
+def holds_lines(stream: BinaryIO, settings: DataSettings) -> bool:
+    """Whether a stream is JSON Lines under the wrong name: its first line is an object, and there is more."""
+    first = stream.readline(max_row_bytes(settings) + 1)
+    more = bool(stream.readline(1))
+    stream.seek(0)
+    if not more:
+        return False
     try:
-        text = line.decode("utf-8-sig").strip()
+        text = first.decode("utf-8-sig").strip()
         value, end = _parse(text, 0)
     except ValueError:  # UnicodeDecodeError is one
         return False

@@ -137,9 +137,12 @@ class Template:
 
     @cached_property
     def _compiled(self) -> tuple[Any, dict[str, object]]:
+        from jinja2.runtime import LoopContext
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        compiled = _compile_jinja_template(self.source)
+        environment = _compile_jinja_template(self.source).environment.overlay()
+        environment.getattr = partial(_attribute, environment.getattr, LoopContext)
+        compiled = environment.from_string(self.source)
         return compiled, {**compiled.globals, "tools": None, "documents": None, **self.special_tokens}
 
     def _full(self, sample: Sample, messages: Sequence[Message], prompt: bool) -> str:
@@ -169,6 +172,13 @@ class Template:
             where=f"{self.name}, {sample.file}:{sample.line}",
             fix="mend the sample, or set data.template to another template",
         )
+
+
+def _attribute(sandboxed: Callable[[object, str], object], loop: type, owner: object, name: str) -> object:
+    """The sandbox's attribute, without its long look at what a loop counts, which is a quarter of the time."""
+    if type(owner) is loop and name in ("first", "last", "index", "index0"):
+        return getattr(owner, name)
+    return sandboxed(owner, name)
 
 
 def _replaced(messages: Sequence[Message], turn: int, content: str) -> list[Message]:

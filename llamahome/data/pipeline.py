@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llamahome.config import parse_size
-from llamahome.data.formats import read_source
+from llamahome.data.formats import Piece, read_source
 from llamahome.data.report import DataReport, Faults, Place, TooManyFaultsError
+from llamahome.data.rows import Row
 from llamahome.data.schemas import Sample, SchemaReader
 from llamahome.data.sources import Source
 from llamahome.data.templates import Encoded, Rendered, Renderer
@@ -25,11 +24,8 @@ from llamahome.errors import DataError, LlamaHomeError, ModelError
 if TYPE_CHECKING:
     from llamahome.config import Config
 
-logger = logging.getLogger(__name__)
-
 _BATCH_SAMPLES, _BATCH_CHARS = 256, 1 << 19
 _BYTES_PER_CHAR = 128  # of a batch while it is tokenised
-_TOLD_EVERY = 10.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class Document:
 
 
 class Pipeline:
-    """One pass over sources; what it meets is counted in `report`, bad rows go to `faults`."""
+    """One pass over pieces of sources; what it meets is counted in `report`, bad rows go to `faults`."""
 
     def __init__(self, sources: list[Source], config: Config, report: DataReport, faults: Faults) -> None:
         self.sources, self.settings, self.report, self.faults = sources, config.data, report, faults
@@ -51,11 +47,11 @@ class Pipeline:
         room = parse_size(config.memory.worker_memory) // _BYTES_PER_CHAR
         self.batch_chars = min(_BATCH_CHARS, room)
 
-    def samples(self, first_file: int = 0) -> Iterator[tuple[Sample, Place]]:
-        """Samples with their places; files count from `first_file` in the report."""
-        for index, source in enumerate(self.sources, start=first_file):
+    def samples(self, pieces: Iterable[tuple[int, Piece]]) -> Iterator[tuple[Sample, Place]]:
+        """Samples with their places; a piece comes with the index of its source."""
+        for index, piece in pieces:
             try:
-                yield from self._samples_of(source, index)
+                yield from self._samples_of(index, piece)
             except TooManyFaultsError:
                 raise
             except DataError as error:
@@ -63,8 +59,11 @@ class Pipeline:
                     raise
                 self.faults.bad(error, (index, 0))
 
-    def _samples_of(self, source: Source, index: int) -> Iterator[tuple[Sample, Place]]:
-        for row in read_source(source, self.settings):
+    def _samples_of(self, index: int, piece: Piece) -> Iterator[tuple[Sample, Place]]:
+        source = self.sources[index]
+        if piece.begin:
+            self._find_schema(source)
+        for row in read_source(source, self.settings, piece):
             self.report.rows += 1
             try:
                 if isinstance(row, DataError):
@@ -76,24 +75,30 @@ class Pipeline:
             self.report.schemas[index] = sample.schema
             yield sample, (index, sample.line)
 
-    def documents(self, renderer: Renderer | None, first_file: int = 0) -> Iterator[Document]:
+    def _find_schema(self, source: Source) -> None:
+        """Read the first good row of a source, which decides about the others."""
+        if source.name in self.schemas.schemas:
+            return
+        for row in read_source(source, self.settings):
+            if isinstance(row, Row):
+                with suppress(DataError):
+                    self.schemas.read(row)
+                    return
+
+    def documents(self, renderer: Renderer | None, pieces: Iterable[tuple[int, Piece]]) -> Iterator[Document]:
         """Tokenised samples in the order of their rows; without a renderer they have no tokens."""
         if renderer is None:
             nothing = Encoded(np.empty(0, np.uint32), np.empty(0, np.bool_))
-            yield from (Document(sample, place, nothing) for sample, place in self.samples(first_file))
+            yield from (Document(sample, place, nothing) for sample, place in self.samples(pieces))
             return
-        told = time.monotonic()
-        for batch, encoded in self._encoded(renderer, self._batches(first_file)):
+        for batch, encoded in self._encoded(renderer, self._batches(pieces)):
             for (sample, place), tokens in zip(batch, encoded, strict=True):
                 yield from (Document(sample, place, piece) for piece in self._fit(tokens, sample, place))
-            if time.monotonic() - told > _TOLD_EVERY:
-                told = time.monotonic()
-                logger.info("tokenised %s rows", f"{self.report.rows:,}")
 
-    def _batches(self, first_file: int) -> Iterator[list[tuple[Sample, Place]]]:
+    def _batches(self, pieces: Iterable[tuple[int, Piece]]) -> Iterator[list[tuple[Sample, Place]]]:
         batch: list[tuple[Sample, Place]] = []
         chars = 0
-        for sample, place in self.samples(first_file):
+        for sample, place in self.samples(pieces):
             batch.append((sample, place))
             chars += len(sample.text) + sum(len(message["content"]) for message in sample.messages)
             if len(batch) == _BATCH_SAMPLES or chars >= self.batch_chars:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
 
 from llamahome.errors import DataError, LlamaHomeError
-
-if TYPE_CHECKING:
-    from llamahome.data.templates import Encoded
 
 logger = logging.getLogger(__name__)
 
 _EXAMPLES = 5
 _BAR = 40
+_TALLIES = ("truncated", "split", "dropped", "empty", "bad_rows")
 
 Place = tuple[int, int]  # index of the file, line from 1
 
@@ -41,6 +42,11 @@ class Tally:
         if len(self.examples) < _EXAMPLES:
             self.examples.append(place)
 
+    def merge(self, other: Tally, files: Sequence[int]) -> None:
+        room = _EXAMPLES - len(self.examples)
+        self.count += other.count
+        self.examples += [(files[file], line) for file, line in other.examples[:room]]
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         return cls(values["count"], [(file, line) for file, line in values["examples"]])
@@ -53,6 +59,11 @@ class Part:
     samples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+
+    def merge(self, other: Part) -> None:
+        self.samples += other.samples
+        self.tokens += other.tokens
+        self.trained_tokens += other.trained_tokens
 
 
 @dataclass
@@ -94,15 +105,36 @@ class DataReport:
         if tokens > self.longest[0]:
             self.longest = tokens, place
 
-    def count(self, split: str, encoded: Encoded, place: Place) -> None:
-        """Count a document of `train` or `validation`."""
+    def count(
+        self, split: str, ids: npt.NDArray[np.uint32], trained: npt.NDArray[np.bool_],
+        lengths: Sequence[int], places: Sequence[Place],
+    ) -> None:  # fmt: skip
+        """Count documents of `train` or `validation` that lie end to end in `ids` and `trained`."""
         part = self.train if split == "train" else self.validation
-        part.samples += 1
-        part.tokens += len(encoded.ids)
-        part.trained_tokens += int(encoded.trained.sum())
-        largest = int(encoded.ids.max(initial=0))
+        part.samples += len(lengths)
+        part.tokens += len(ids)
+        part.trained_tokens += int(np.count_nonzero(trained))
+        largest = int(ids.max(initial=0))
         if largest > self.largest_id[0]:
-            self.largest_id = largest, place
+            document = int(np.searchsorted(np.cumsum(lengths), ids.argmax(), side="right"))
+            self.largest_id = largest, places[document]
+
+    def merge(self, other: DataReport, files: Sequence[int]) -> None:
+        """Add the counts of another report; its file number i is `files[i]` here."""
+        self.rows += other.rows
+        self.duplicates += other.duplicates
+        self.leaked += other.leaked
+        self.schemas |= {files[index]: name for index, name in other.schemas.items()}
+        for bound, count in other.lengths.items():
+            self.lengths[bound] = self.lengths.get(bound, 0) + count
+        self.train.merge(other.train)
+        self.validation.merge(other.validation)
+        for name in _TALLIES:
+            getattr(self, name).merge(getattr(other, name), files)
+        for name in ("longest", "largest_id"):
+            number, (file, line) = getattr(other, name)
+            if number > getattr(self, name)[0]:
+                setattr(self, name, (number, (files[file], line)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; `from_dict` turns it back."""
@@ -115,7 +147,7 @@ class DataReport:
         report.schemas = {int(key): name for key, name in report.schemas.items()}
         report.lengths = {int(key): count for key, count in report.lengths.items()}
         report.train, report.validation = Part(**values["train"]), Part(**values["validation"])
-        for name in ("truncated", "split", "dropped", "empty", "bad_rows"):
+        for name in _TALLIES:
             setattr(report, name, Tally.from_dict(values[name]))
         for name in ("longest", "largest_id"):
             number, (file, line) = values[name]
@@ -175,8 +207,11 @@ class TooManyFaultsError(DataError):
 class Faults:
     """What happens to a bad row: raised, skipped and counted up to a limit, or collected in the report."""
 
-    def __init__(self, report: DataReport, limit: int = 0, *, skip: bool = False, collect: bool = False) -> None:
-        self.report, self.limit = report, limit
+    def __init__(
+        self, report: DataReport, limit: int = 0, *, skip: bool = False, collect: bool = False, earlier: int = 0
+    ) -> None:
+        """`earlier` is the number of bad rows that were counted in other reports of the same data."""
+        self.report, self.limit, self.earlier = report, limit, earlier
         self.skip, self.collect = skip or collect, collect
 
     def bad(self, error: LlamaHomeError, place: Place) -> None:
@@ -193,11 +228,12 @@ class Faults:
 
     def _count(self, error: LlamaHomeError, place: Place) -> None:
         self.report.bad_rows.add(place)
+        count = self.earlier + self.report.bad_rows.count
         if self.collect:
             self.report.faults.append(str(error))
-        elif self.report.bad_rows.count <= _EXAMPLES:
+        elif count <= _EXAMPLES:
             logger.warning("row passed over: %s", error)
-        if self.report.bad_rows.count > self.limit:
+        if count > self.limit:
             raise TooManyFaultsError(
                 f"more than {self.limit:,} bad rows, the last: {error.what}",
                 where=error.where,

@@ -38,6 +38,27 @@ class Line(NamedTuple):
 Rows = Iterator[Row | DataError]
 
 
+class Stretch:
+    """The bytes `begin` to `end` of a stream, for readers of lines. `begin` is the start of the line number `line`."""
+
+    def __init__(self, stream: BinaryIO, begin: int, end: int, line: int) -> None:
+        self.stream, self.begin, self.line = stream, begin, line
+        self._left = end - begin
+        stream.seek(begin)
+
+    def readline(self, limit: int) -> bytes:
+        raw = self.stream.readline(min(limit, self._left))
+        self._left -= len(raw)
+        return raw
+
+
+Text = BinaryIO | Stretch
+
+
+def first_line(stream: Text) -> int:
+    return stream.line if isinstance(stream, Stretch) else 1
+
+
 def bad_row(what: str, file: str, line: int, *, field: str = "", fix: str = MEND_OR_SKIP) -> DataError:
     """The error of one row, at `file:line` or `file:line:field`."""
     return DataError(what, where=f"{file}:{line}:{field}" if field else f"{file}:{line}", fix=fix)
@@ -47,12 +68,12 @@ def max_row_bytes(settings: DataSettings) -> int:
     return parse_size(settings.max_row_bytes)
 
 
-def read_lines(stream: BinaryIO, file: str, max_bytes: int) -> Iterator[Line | DataError]:
+def read_lines(stream: Text, file: str, max_bytes: int) -> Iterator[Line | DataError]:
     """Decode a stream line by line; only b"\\n" ends a line. A longer line than `max_bytes` is passed over unread.
 
     Raises: DataError for UTF-16.
     """
-    number, offset = 0, 0
+    number, offset = first_line(stream) - 1, stream.begin if isinstance(stream, Stretch) else 0
     while raw := stream.readline(max_bytes + 1):
         number += 1
         start, offset = offset, offset + len(raw)
@@ -97,7 +118,7 @@ def refuse_utf16(head: bytes, file: str) -> None:
         raise DataError("the file looks like UTF-16", where=file, fix="convert it: iconv -f UTF-16 -t UTF-8")
 
 
-def _skip_line(stream: BinaryIO, raw: bytes) -> int:
+def _skip_line(stream: Text, raw: bytes) -> int:
     skipped = 0
     while not raw.endswith(b"\n") and (raw := stream.readline(_CHUNK)):
         skipped += len(raw)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,7 @@ class Renderer:
             trained = np.pad(trained, (len(self.bos), len(self.eos)), constant_values=self.train_all)
             trained[len(ids) - len(self.eos) :] = True
         trained[:1] = False  # nothing predicts it
-        return Encoded(np.array(ids, dtype=np.uint32), trained)
+        return Encoded(np.frombuffer(array("I", ids), np.uint32), trained)  # half the time of np.array
 
 
 def first_token(encoding: Any, position: int, text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -58,6 +59,22 @@ def test_a_failed_build_leaves_nothing(tmp_path):
         cache.get("a", fail)
     assert [path.name for path in cache.folder.iterdir()] == ["a.lock"]
     assert (cache.get("a", fill("two")).path / "data").read_text() == "two"
+
+
+def test_nobody_waits_for_who_uses_an_entry(tmp_path, monkeypatch):
+    """Another process builds and begins to train between our look and our turn to build."""
+    cache = make(tmp_path)
+    others: list = []
+    lock = Cache._lock
+
+    def meanwhile(self, key, mode):
+        if mode & fcntl.LOCK_EX and not others:
+            others.append(None)
+            others.append(cache.get(key, fill("theirs")))
+        return lock(self, key, mode)
+
+    monkeypatch.setattr(Cache, "_lock", meanwhile)
+    assert (cache.get("a", forbidden).path / "data").read_text() == "theirs"
 
 
 def test_threads_build_once(tmp_path):

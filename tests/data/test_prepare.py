@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamahome.config import Config
-from llamahome.data import prepare as prepare_module
+from llamahome.data import recipe as recipe_module
 from llamahome.data.cache import Cache
 from llamahome.data.prepare import is_held_out, prepare
 from llamahome.data.report import unpack_place
@@ -124,14 +124,14 @@ def test_anything_that_changes_the_tokens_makes_them_anew(data, tiny_tokenizer, 
 
 
 def test_a_file_that_changes_between_key_and_reading_is_noticed(data, tiny_tokenizer, monkeypatch):
-    key = prepare_module._Job.key
+    key = recipe_module.Recipe.key
 
     def change(job):
         found = key(job)
         data.write_text(data.read_text() + json.dumps(pair("x")) + "\n")
         return found
 
-    monkeypatch.setattr(prepare_module._Job, "key", change)
+    monkeypatch.setattr(recipe_module.Recipe, "key", change)
     with pytest.raises(DataError, match="the file changed while it was being read"):
         prepare(data, tiny_tokenizer, config=config())
     assert Cache.from_config(config()).entries() == []
@@ -179,7 +179,7 @@ def test_tokens_can_be_written_to_a_folder(data, tiny_tokenizer, tmp_path):
     prepared = prepare(data, tiny_tokenizer, config=config(), output=output)
     assert len(TokenStore.open(output / "train")) == len(prepared.train) == 40
     assert Cache.from_config(config()).entries() == []
-    assert json.loads((output / "report.json").read_text())["train"]["samples"] == 40
+    assert json.loads((output / "report.json").read_text())["report"]["train"]["samples"] == 40
     (tmp_path / "file").touch()
     with pytest.raises(StorageError):
         prepare(data, tiny_tokenizer, config=config(), output=tmp_path / "file" / "tokens")
@@ -188,13 +188,13 @@ def test_tokens_can_be_written_to_a_folder(data, tiny_tokenizer, tmp_path):
 KILLED = """
 import sys, time
 from llamahome.config import Config
-from llamahome.data import prepare as module
+from llamahome.data import journal, prepare as module
 from tests_tokenizer import tokenizer
-add = module._Writer.add
+add = journal._Blocks.add
 def slow(writer, document):
     time.sleep(0.005)
     add(writer, document)
-module._Writer.add = slow
+journal._Blocks.add = slow
 print("ready", flush=True)
 module.prepare(sys.argv[1], tokenizer(), config=Config.load(None, {"data.validation_split": 0.5}))
 """

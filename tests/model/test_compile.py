@@ -11,7 +11,7 @@ from llamahome.config import Config
 from llamahome.model.adapters import apply_adapter
 from llamahome.model.compile import compile_layers, decoder_layers
 from llamahome.model.load import load_model, resolve_model
-from llamahome.train.objective import build_objective, flat_row
+from llamahome.training.objective import build_objective, flat_row
 
 
 @pytest.fixture

@@ -17,15 +17,15 @@ from llamahome.model.export import save_model
 from llamahome.monitor.metrics import StepRecord
 from llamahome.monitor.progress import Progress
 from llamahome.monitor.sinks import MetricSink, build_sinks
-from llamahome.train import checkpoint as checkpoints
-from llamahome.train.callbacks import Callback, call_all, load_callbacks
-from llamahome.train.checkpoint import TrainingState
-from llamahome.train.evaluate import Evaluation, evaluate_store
-from llamahome.train.loop import TrainingLoop
-from llamahome.train.recovery import ResourceRecovery
-from llamahome.train.rundir import RunFolder, State, read_run
-from llamahome.train.setup import Assembled, assemble
-from llamahome.train.signals import StopSignal
+from llamahome.training import checkpoint as checkpoints
+from llamahome.training.callbacks import Callback, call_all, load_callbacks
+from llamahome.training.checkpoint import TrainingState
+from llamahome.training.evaluate import Evaluation, evaluate_store
+from llamahome.training.loop import TrainingLoop
+from llamahome.training.recovery import ResourceRecovery
+from llamahome.training.rundir import RunFolder, State, read_run
+from llamahome.training.setup import Assembled, assemble
+from llamahome.training.signals import StopSignal
 
 logger = logging.getLogger(__name__)
 

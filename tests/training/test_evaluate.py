@@ -13,9 +13,9 @@ from llamahome.config import Config
 from llamahome.data.batch import BatchProcessor
 from llamahome.data.store import TokenStoreWriter
 from llamahome.errors import DataError, ModelError
-from llamahome.train.evaluate import evaluate_store
-from llamahome.train.objective import build_objective
-from llamahome.train.precision import Precision
+from llamahome.training.evaluate import evaluate_store
+from llamahome.training.objective import build_objective
+from llamahome.training.precision import Precision
 
 FP32 = Precision("fp32", "cpu")
 

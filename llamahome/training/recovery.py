@@ -14,8 +14,8 @@ from types import FrameType
 from llamahome.errors import CheckpointError
 from llamahome.files import remove_folder, storage_errors
 from llamahome.monitor.sinks import METRICS_FILE, JsonlSink
-from llamahome.train.checkpoint import TrainingState, load_state, newest_good, set_aside_after
-from llamahome.train.rundir import STATUS_FILE
+from llamahome.training.checkpoint import TrainingState, load_state, newest_good, set_aside_after
+from llamahome.training.rundir import STATUS_FILE
 
 logger = logging.getLogger(__name__)
 _HOPELESS = (0, 2, 3, 4, 5, 7, 9, 130, 143)

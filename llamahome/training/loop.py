@@ -14,11 +14,11 @@ from llamahome.memory.governor import MemoryGovernor
 from llamahome.memory.oom import OOMHandler, is_oom
 from llamahome.model.adapters import without_input_casts
 from llamahome.monitor.metrics import MetricsCollector, StepRecord
-from llamahome.train.checkpoint import TrainingState
-from llamahome.train.objective import Objective, build_objective
-from llamahome.train.optim import constant
-from llamahome.train.precision import Precision
-from llamahome.train.step import Gradient, Ids, StepBatches, accumulate, clip_gradients, seed_step
+from llamahome.training.checkpoint import TrainingState
+from llamahome.training.objective import Objective, build_objective
+from llamahome.training.optim import constant
+from llamahome.training.precision import Precision
+from llamahome.training.step import Gradient, Ids, StepBatches, accumulate, clip_gradients, seed_step
 
 _MAX_SKIPPED_IN_A_ROW = 10
 

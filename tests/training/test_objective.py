@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from llamahome.data.batch import BatchProcessor
 from llamahome.errors import ConfigError, ModelError
-from llamahome.train.objective import Objective, build_objective, flat_row, respects_boundaries
+from llamahome.training.objective import Objective, build_objective, flat_row, respects_boundaries
 
 
 def _their_loss(model, ids, labels):

@@ -17,7 +17,7 @@ from torch import nn
 
 from llamahome.config import Config
 from llamahome.errors import CheckpointError
-from llamahome.train.checkpoint import (
+from llamahome.training.checkpoint import (
     TrainingState,
     checkpoints,
     fault_of,
@@ -34,7 +34,7 @@ from llamahome.train.checkpoint import (
     unpack_optimizer,
     unpack_rng,
 )
-from llamahome.train.optim import OPTIMIZERS, build_optimizer, build_scheduler, decay_groups
+from llamahome.training.optim import OPTIMIZERS, build_optimizer, build_scheduler, decay_groups
 
 STATE = TrainingState(step=4, total_steps=9, samples_per_step=3, seed=5, best_value=1.25, plan={"token_budget": 64})
 

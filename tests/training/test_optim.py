@@ -7,7 +7,7 @@ import torch
 
 from llamahome.config import OptimizationSettings
 from llamahome.errors import ConfigError
-from llamahome.train.optim import build_optimizer, build_scheduler, decay_groups, resolve_warmup
+from llamahome.training.optim import build_optimizer, build_scheduler, decay_groups, resolve_warmup
 
 
 def _model():

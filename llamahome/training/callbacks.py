@@ -9,7 +9,7 @@ from llamahome.errors import ConfigError
 from llamahome.plugins import load_object
 
 if TYPE_CHECKING:
-    from llamahome.train.loop import TrainingLoop
+    from llamahome.training.loop import TrainingLoop
 
 Event = Literal["train_begin", "step", "evaluate", "checkpoint", "train_end"]
 

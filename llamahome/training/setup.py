@@ -39,15 +39,15 @@ from llamahome.model.load import (
 from llamahome.monitor.metrics import MetricsCollector, load_metrics
 from llamahome.monitor.resources import ResourceMonitor
 from llamahome.monitor.tracker import PerformanceTracker, measure_matmul_peak, training_flops
-from llamahome.train import checkpoint as checkpoints
-from llamahome.train.checkpoint import TrainingState
-from llamahome.train.loop import TrainingLoop
-from llamahome.train.objective import Objective, build_objective, flat_row
-from llamahome.train.optim import build_optimizer, build_scheduler
-from llamahome.train.precision import Precision, resolve_precision
-from llamahome.train.recovery import resumed_state
-from llamahome.train.rundir import RunFolder
-from llamahome.train.step import StepBatches
+from llamahome.training import checkpoint as checkpoints
+from llamahome.training.checkpoint import TrainingState
+from llamahome.training.loop import TrainingLoop
+from llamahome.training.objective import Objective, build_objective, flat_row
+from llamahome.training.optim import build_optimizer, build_scheduler
+from llamahome.training.precision import Precision, resolve_precision
+from llamahome.training.recovery import resumed_state
+from llamahome.training.rundir import RunFolder
+from llamahome.training.step import StepBatches
 
 logger = logging.getLogger(__name__)
 

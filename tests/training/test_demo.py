@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llamahome.config import Config
 from llamahome.demo import DEMO_SETTINGS
-from llamahome.train.demo import demo_config, free_folder
+from llamahome.training.demo import demo_config, free_folder
 
 
 def test_the_users_own_settings_stay(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from llamahome.data.batch import BatchProcessor
 from llamahome.data.dataset import StepOrder
-from llamahome.train.objective import build_objective
-from llamahome.train.step import StepBatches, accumulate, clip_gradients, seed_step
+from llamahome.training.objective import build_objective
+from llamahome.training.step import StepBatches, accumulate, clip_gradients, seed_step
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_dropout_is_replayed_by_a_replayed_step(make_model, store):
 
 def test_adapters_without_input_copies_give_the_same_gradient_under_autocast(make_model, store):
     from llamahome.model.adapters import without_input_casts
-    from llamahome.train.precision import Precision
+    from llamahome.training.precision import Precision
 
     precision, batch = Precision("bf16", "cpu"), BatchProcessor(store).build([1, 2, 3])
     results = []

@@ -14,8 +14,8 @@ from llamahome.data.batch import BatchProcessor
 from llamahome.data.store import TokenStore
 from llamahome.errors import DataError
 from llamahome.model.adapters import without_input_casts
-from llamahome.train.objective import Objective, build_objective, evaluating
-from llamahome.train.precision import Precision, resolve_precision
+from llamahome.training.objective import Objective, build_objective, evaluating
+from llamahome.training.precision import Precision, resolve_precision
 
 if TYPE_CHECKING:
     from llamahome.config import Config
@@ -63,7 +63,7 @@ def evaluate(model: str | Path, data: str | Path, config: Config | None = None) 
     Raises: ModelError, DataError, ConfigError.
     """
     from llamahome.config import Config
-    from llamahome.train.setup import load_trained_model, prepare_evaluation, resolve_device, set_threads
+    from llamahome.training.setup import load_trained_model, prepare_evaluation, resolve_device, set_threads
 
     config = config or Config.load()
     device = resolve_device(config)

@@ -12,9 +12,9 @@ import torch
 from llamahome.config import Config
 from llamahome.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, StorageError, UsageError
 from llamahome.monitor.metrics import FIELDS
-from llamahome.train.run import resume, train
-from llamahome.train.rundir import RunFolder
-from llamahome.train.signals import StopSignal
+from llamahome.training.run import resume, train
+from llamahome.training.rundir import RunFolder
+from llamahome.training.signals import StopSignal
 
 
 def run(settings, **changes):
