@@ -44,6 +44,7 @@ def settings(args: argparse.Namespace, output: Path) -> dict[str, Any]:
         "processing.precision": "fp32",
         "processing.compile_mode": "none",
         "processing.device": "cpu",
+        "processing.threads": torch.get_num_threads(),
         "monitor.sinks": [],
     }
 

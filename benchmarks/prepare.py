@@ -5,7 +5,9 @@
 
 Ours reads, checks, renders, tokenises, marks what is trained and writes a checksummed store; `datasets.map` reads,
 renders, tokenises (the faster of one process and one per core) and writes Arrow, with no marks; the bare call gets
-rendered texts in memory and keeps nothing. Sides take turns; the median counts. The last line of stdout is JSON.
+rendered texts in memory and keeps nothing. Sides take turns; the median counts. `cpu_ratio_tokenizers` compares
+processor time, `steady_ratio` the tokens per processor second of our last quarter with those of the first. The last
+line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ import numpy as np
 
 from llamahome import _C
 from llamahome.config import Config
-from llamahome.data.prepare import prepare
+from llamahome.data.prepare import prepare_folder
+from llamahome.data.progress import Progress
 from llamahome.demo import write_demo_data
 from llamahome.model.load import load_tokenizer, resolve_model
 
@@ -54,10 +57,23 @@ def shuffled(text: str, seed: int) -> str:
     return " ".join(words)
 
 
-def ours(path: Path, tokenizer: Any, folder: Path) -> int:
-    settings = {"cache.dir": str(folder), "data.max_length": 1 << 20, "data.validation_split": 0.0}
-    with prepare(path, tokenizer, config=Config.load(None, settings)) as prepared:
-        return prepared.train.num_tokens
+def ours(path: Path, tokenizer: Any, folder: Path) -> tuple[int, float]:
+    """Tokens, and how the rate of the last quarter compares with that of the first."""
+    settings = {"data.max_length": 1 << 20, "data.validation_split": 0.0}
+    seen: list[tuple[int, float]] = []
+
+    def show(progress: Progress) -> None:
+        seen.append((progress.tokens, time.process_time()))
+
+    report = prepare_folder(path, tokenizer, folder, config=Config.load(None, settings), show=show)
+    quarter = max(1, (len(seen) - 1) // 4)
+    first, last = rate(seen[: quarter + 1]), rate(seen[-quarter - 1 :])
+    return report.train.tokens, last / first if first else 1.0
+
+
+def rate(seen: list[tuple[int, float]]) -> float:
+    (tokens, began), (more, ended) = seen[0], seen[-1]
+    return (more - tokens) / (ended - began) if ended > began else 0.0
 
 
 def with_datasets(path: Path, tokenizer: Any, folder: Path, processes: int) -> int:
@@ -125,25 +141,31 @@ def compare(folder: Path, tokenizer: Any, rounds: int) -> dict[str, float]:
     texts = tokenizer.apply_chat_template(chats, tokenize=False)
     del chats
     spent: dict[str, list[float]] = {"ours": [], "tokenizers": [], "map": [], "map of many": []}
-    tokens = 0
+    cpu: dict[str, list[float]] = {"ours": [], "tokenizers": []}
+    tokens, steady = 0, []
     cores = len(os.sched_getaffinity(0))
     for turn in range(rounds):
         for side, times in spent.items():
             place = folder / f"{side}-{turn}"
+            start, start_cpu = time.perf_counter(), time.process_time()
             match side:
                 case "ours":
-                    start = time.perf_counter()
-                    tokens = ours(path, tokenizer, place)
-                    times.append(time.perf_counter() - start)
+                    tokens, ratio = ours(path, tokenizer, place)
+                    steady.append(ratio)
                 case "tokenizers":
-                    times.append(seconds(lambda: bare(texts, tokenizer)))
+                    bare(texts, tokenizer)
                 case "map":
-                    times.append(seconds(lambda place=place: with_datasets(path, tokenizer, place, 1)))
+                    with_datasets(path, tokenizer, place, 1)
                 case _:
-                    times.append(seconds(lambda place=place: with_datasets(path, tokenizer, place, cores)))
+                    with_datasets(path, tokenizer, place, cores)
+            times.append(time.perf_counter() - start)
+            if side in cpu:
+                cpu[side].append(time.process_time() - start_cpu)
     median = {side: statistics.median(times) for side, times in spent.items()}
     return {
         "ratio_tokenizers": median["tokenizers"] / median["ours"],
+        "cpu_ratio_tokenizers": statistics.median(cpu["tokenizers"]) / statistics.median(cpu["ours"]),
+        "steady_ratio": statistics.median(steady),
         "ratio_datasets_map": min(median["map"], median["map of many"]) / median["ours"],
         "tokens_per_s": tokens / median["ours"],
         "seconds_ours": median["ours"],

@@ -147,6 +147,8 @@ def _fix(error: OSError) -> str:
             return "choose a folder that you may write to"
         case errno.EEXIST | errno.ENOTDIR | errno.EISDIR:
             return "a file or folder is in the way: choose another place"
+        case errno.ENOENT:
+            return "make its folder first, or choose another place"
         case _:
             return "check the disk"
 

@@ -191,7 +191,9 @@ class ResourceSettings(Section):
     num_workers: Workers = Field(default="auto", description="Same setting as training.num_workers.")
     prefetch_factor: Count = Field(default=2, description="Same setting as training.prefetch_factor.")
     pin_memory: bool = Field(default=True, description="Same setting as training.pin_memory.")
-    min_free_disk: Size = Field(default="1GB", description="Free disk space that must be left beside two checkpoints when a run starts.")
+    min_free_disk: Size = Field(
+        default="1GB", description="Free disk space that must be left beside two checkpoints when a run starts."
+    )
 
 
 class TrainingSettings(Section):

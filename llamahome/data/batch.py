@@ -15,9 +15,10 @@ from llamahome.data.store import TokenStore
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Whole samples, end to end in one flat row of T tokens; what is left of a rounded row is filled up at its end.
+    """Whole samples, end to end in one flat row of T tokens; a rounded row is filled up at its end.
 
-    The filling has id 0, position 0 and label -100, and belongs to no sample of `cu_seqlens`. labels follow Hugging Face's convention: not shifted, -100 where a token is not trained and at each sample's start.
+    labels follow Hugging Face's convention: not shifted, -100 where a token is not trained and at each sample's start.
+    The filling has id 0, position 0 and label -100, and belongs to no sample of `cu_seqlens`.
     """
 
     input_ids: torch.Tensor  # int64 [1, T]
@@ -103,6 +104,6 @@ class BatchProcessor:
 
 
 def row_size(tokens: int) -> int:
-    """The next of 32 sizes between a power of two and its double: 1.5 % more tokens on average, 3 % at most above 256."""
+    """The next of 32 sizes between a power of two and its double: at most 3 % more above 256 tokens, half on average."""
     step = max(8, (1 << max(0, tokens - 1).bit_length()) // 64)
     return -(-tokens // step) * step

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from llamahome.errors import ConfigError
+from llamahome.errors import ConfigError, LlamaHomeError
+from llamahome.memory.oom import is_oom
 from llamahome.plugins import load_object
 
 if TYPE_CHECKING:
@@ -42,6 +44,28 @@ def load_callbacks(names: Iterable[str]) -> list[Callback]:
 
 
 def call_all(callbacks: Iterable[Callback], event: Event, loop: TrainingLoop, record: Mapping[str, Any]) -> bool:
-    """Call each one; True when any asks to stop."""
-    answers = [callback(event, loop, record) for callback in callbacks]
+    """Call each one; True when any asks to stop. Raises: ConfigError when one fails."""
+    answers = []
+    for callback in callbacks:
+        with own_code(callback, "training.callbacks"):
+            answers.append(callback(event, loop, record))
     return "stop" in answers
+
+
+@contextmanager
+def own_code(called: object, key: str) -> Iterator[None]:
+    """Turn what an object of the user's own raises into a ConfigError that names it and its setting.
+
+    What an out-of-memory raises is let through.
+    """
+    try:
+        yield
+    except LlamaHomeError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        if is_oom(error):
+            raise
+        name = f"{called.__module__}:{getattr(called, '__qualname__', type(called).__qualname__)}"
+        raise ConfigError(
+            f"{name} failed: {type(error).__name__}: {error}", where=key, fix="mend it; llamahome --debug shows where"
+        ) from error

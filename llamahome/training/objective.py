@@ -16,6 +16,7 @@ from llamahome.data.batch import MicroBatch
 from llamahome.errors import ConfigError, ModelError
 from llamahome.model.attention import NAME
 from llamahome.plugins import load_object
+from llamahome.training.callbacks import own_code
 
 
 class LossFunction(Protocol):
@@ -100,9 +101,23 @@ def build_objective(model: Any, loss: str = "cross_entropy", *, chunk_rows: int 
     Raises: ModelError when the architecture changes its logits in a way that is not known here.
     """
     known: dict[str, LossFunction] = {"cross_entropy": partial(kernels.linear_cross_entropy, chunk_rows=chunk_rows)}
-    objective = Objective(model, load_object(loss, key="training.loss", known=known))
+    found = load_object(loss, key="training.loss", known=known)
+    objective = Objective(model, found if loss in known else _guarded(found))
     _check_projection(objective)
     return objective
+
+
+def _guarded(loss: LossFunction) -> LossFunction:
+    """A loss of the user's own, whose faults are named."""
+
+    def call(*arguments: Any, **options: Any) -> Tensor:
+        with own_code(loss, "training.loss"):
+            value = loss(*arguments, **options)
+            if not isinstance(value, Tensor) or value.dim():
+                raise TypeError(f"it gave {type(value).__name__} {getattr(value, 'shape', value)}, not one number")
+        return value
+
+    return call
 
 
 def decode(causal: Any, batch: MicroBatch) -> Tensor:

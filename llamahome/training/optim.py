@@ -12,6 +12,7 @@ from torch import nn
 from llamahome.config import OptimizationSettings
 from llamahome.errors import ConfigError
 from llamahome.plugins import load_object
+from llamahome.training.callbacks import own_code
 
 
 class Schedule(Protocol):
@@ -77,7 +78,9 @@ def build_optimizer(model: nn.Module, settings: OptimizationSettings) -> torch.o
     """
     build = load_object(settings.optimizer, key="optimization.optimizer", known=OPTIMIZERS)
     try:
-        optimizer: torch.optim.Optimizer = build(decay_groups(model, settings.weight_decay), settings)
+        optimizer = build(decay_groups(model, settings.weight_decay), settings)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"it gave {type(optimizer).__name__}, not a torch.optim.Optimizer")
     except Exception as error:  # the user's own code may raise anything
         raise ConfigError(
             f"{settings.optimizer} cannot be built: {error}", where="optimization.optimizer",
@@ -104,7 +107,8 @@ def build_scheduler(
     low = settings.min_lr_ratio
 
     def factor(step: int) -> float:
-        value = float(shape(step, total_steps, warmup, **extra))
+        with own_code(shape, "optimization.scheduler_type"):
+            value = float(shape(step, total_steps, warmup, **extra))
         if not math.isfinite(value):
             raise ConfigError(f"the schedule gave {value} at step {step}", where="optimization.scheduler_type")
         return value if step < warmup else low + (1 - low) * value

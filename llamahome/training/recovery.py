@@ -41,8 +41,8 @@ class ResourceRecovery:
 def supervise(train: Sequence[str], resume: Sequence[str], run: Path, retries: int) -> int:
     """Run the command `train` in a process of its own; after a crash run `resume`, at most `retries` times.
 
-    Errors that would come again (configuration, data, model, memory limit, non-finite numbers) end it at once, and so does a signal,
-    which is passed on. Returns the last exit code.
+    Errors that would come again (configuration, data, model, memory limit, non-finite numbers) end it at once, and so
+    does a signal, which is passed on. Returns the last exit code.
     """
     command = list(train)
     for left in reversed(range(retries + 1)):

@@ -361,7 +361,12 @@ def build_batches(config: Config, prepared: Prepared, samples_per_step: int, obj
     pin = config.training.pin_memory and objective.head.weight.device.type == "cuda"
     place = lambda i: prepared.report.place(unpack_place(store.source(i)))  # noqa: E731
     return StepBatches(
-        store, order, BatchProcessor(store, pin, objective.rounds_rows), max_samples, place, config.training.prefetch_factor
+        store,
+        order,
+        BatchProcessor(store, pin, objective.rounds_rows),
+        max_samples,
+        place,
+        config.training.prefetch_factor,
     )
 
 
