@@ -104,6 +104,6 @@ class BatchProcessor:
 
 
 def row_size(tokens: int) -> int:
-    """The next of 32 sizes between a power of two and its double: at most 3 % more above 256 tokens, half on average."""
+    """The next of 32 sizes between a power of two and its double: at most 3 % more above 256 tokens."""
     step = max(8, (1 << max(0, tokens - 1).bit_length()) // 64)
     return -(-tokens // step) * step
