@@ -177,7 +177,9 @@ class ProcessingSettings(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="Type of the computation; auto chooses what mixed_precision allows."
     )
-    threads: Count | Auto = Field(default="auto", description="CPU threads of the computation.")
+    threads: Annotated[int, Field(ge=1, le=1024)] | Auto = Field(
+        default="auto", description="CPU threads of the computation."
+    )
     attention: Attention = Field(default="auto", description="Implementation of attention.")
     device: Device = Field(default="auto", description="Where to train.")
     loss_chunk: Count | Auto = Field(
