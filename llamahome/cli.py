@@ -276,6 +276,13 @@ def _run() -> int:
     except LlamaHomeError as error:
         _explain()
         return _fail(str(error), error.exit_code)
+    except Exception as error:
+        from llamahome.memory.oom import is_oom
+
+        if not is_oom(error):
+            raise
+        _explain()
+        return _fail(f"out of memory: {str(error).strip() or type(error).__name__}; close other programs", 5)
 
 
 def _config(given: dict[str, Any], values: dict[str, object] | None = None) -> Config:

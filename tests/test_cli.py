@@ -360,3 +360,18 @@ class TestRetries:
         assert answer.returncode == 4
         assert answer.stderr.count("error: no such model folder or file") == 1
         assert "tries" not in answer.stderr
+
+
+def test_a_lack_of_memory_anywhere_is_one_line_and_code_5(monkeypatch, capsys, tiny_model_dir, tmp_path):
+    from llamahome import cli
+    from llamahome.training import evaluate
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(evaluate, "evaluate", fail)
+    monkeypatch.setattr("sys.argv", ["llamahome", "train-eval", str(tiny_model_dir), str(tmp_path)])
+    with pytest.raises(SystemExit) as raised:
+        cli.main()
+    assert raised.value.code == 5
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: out of memory: DefaultCPUAllocator")
