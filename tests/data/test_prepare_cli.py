@@ -75,7 +75,9 @@ def test_parts(data, tiny_model_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "final").is_dir()
     assert "tokenising" not in done.stderr
-    refused = llamahome("train", f"{tmp_path}/[12]", *run[2:], "--set", "data.max_length=99")
+    refused = llamahome(
+        "train", f"{tmp_path}/[12]", "--output", tmp_path / "no", *run[2:], "--set", "data.max_length=99"
+    )
     assert refused.returncode == 3
     assert "prepared with data.max_length 512, not 99; " in refused.stderr
 
