@@ -221,7 +221,7 @@ def cache_folder(config: Config) -> Path:
     """`cache.dir`, else $LLAMAHOME_CACHE, else ~/.cache/llamahome."""
     chosen = config.cache.dir or os.environ.get("LLAMAHOME_CACHE")
     if chosen:
-        return Path(chosen)
+        return Path(chosen).expanduser()
     try:
         return Path.home() / ".cache" / "llamahome"
     except RuntimeError:  # a user without a home

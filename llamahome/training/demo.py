@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from llamahome.config import Config
 from llamahome.config.tree import same_setting
+from llamahome.data.cache import cache_folder
 from llamahome.demo import DEMO_QUESTION, DEMO_SETTINGS, write_demo_data
 
 
@@ -20,8 +20,7 @@ def demo_config(config: Config, overrides: Sequence[str], *, own_settings: bool)
     """
     keys = (override.partition("=")[0].partition(".") for override in overrides)
     given = {".".join(name) for section, _, key in keys for name in same_setting((section, key))}
-    cache = Path(config.cache.dir or os.environ.get("LLAMAHOME_CACHE") or "~/.cache/llamahome").expanduser()
-    path = cache / "demo" / "python-docstrings.jsonl"
+    path = cache_folder(config) / "demo" / "python-docstrings.jsonl"
     write_demo_data(path)
     wanted = {} if own_settings else DEMO_SETTINGS
     settings: dict[str, object] = {key: value for key, value in wanted.items() if key not in given}

@@ -167,7 +167,7 @@ def _go(run: Run, signals: StopSignal) -> None:
         run.before = _evaluate(run)
         _event(run, {"event": "evaluation", "step": 0, **_eval_fields(run.before)})
         _stop_here(run, signals)
-    every = config.eval_steps or run.parts.steps_per_epoch
+    every = config.eval_steps or run.loop.batches.order.steps_per_epoch
     _forget_peak(run)
     for record in run.loop:
         last = state.step == state.total_steps
@@ -199,7 +199,7 @@ def _evaluate(run: Run) -> Evaluation:
     assert parts.prepared.validation is not None
     assert parts.loop.governor is not None
     evaluation = evaluate_store(
-        parts.loop.objective, parts.prepared.validation, precision=parts.precision,
+        parts.loop.objective, parts.prepared.validation, precision=parts.loop.precision,
         token_budget=parts.loop.governor.token_budget, max_samples=run.config.training.eval_samples,
     )  # fmt: skip
     _forget_peak(run)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from llamahome.memory.monitor import MemoryMonitor, format_bytes, resolve_limit
 from llamahome.memory.plan import plan_memory
 from llamahome.memory.shape import ModelShape, model_shape
 from llamahome.model import attention
-from llamahome.model.adapters import apply_adapter, enable_checkpointing, without_input_casts
+from llamahome.model.adapters import apply_adapter, enable_checkpointing, trainable_parameters, without_input_casts
 from llamahome.model.checks import check_model_folder
 from llamahome.model.compile import compile_layers
 from llamahome.model.load import (
@@ -50,6 +50,7 @@ from llamahome.training.rundir import RunFolder
 from llamahome.training.step import StepBatches
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,8 @@ class Assembled:
     model: Any
     tokenizer: Any
     loop: TrainingLoop
-    precision: Precision
     prepared: Prepared
     resources: ResourceMonitor
-    steps_per_epoch: int
     facts: dict[str, Any]
 
 
@@ -78,7 +77,8 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
     source = resolve_model(None, config.model, config.cache.dir)
     check_model_folder(source.folder, trust_remote_code=source.trust_remote_code, allow_pickle=source.allow_pickle)
     tokenizer = load_tokenizer(source)
-    shape = model_shape(json.loads((source.folder / "config.json").read_bytes()))
+    architecture = json.loads((source.folder / "config.json").read_bytes())
+    shape = model_shape(architecture)
     if config.data.path is None:
         raise UsageError("no data to train on", where="data.path", fix="name a file, folder, glob or hub id")
     prepared = prepare(
@@ -88,7 +88,7 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
     config = settled(config, state)
     precision = resolve_precision(config, device)
     state.threads = set_threads(config, state.threads)
-    governor = _governor(config, source, prepared, state, precision, device)
+    governor = _governor(config, architecture, prepared, state, precision, device)
     model = load_for_training(config, source, device, precision, checkpointing=governor.plan.gradient_checkpointing)
     objective = build_objective(model, config.training.loss, chunk_rows=loss_rows(config))
     batches = build_batches(config, prepared, state.samples_per_step, objective)
@@ -101,6 +101,7 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
         "processing.compile_mode": mode,
         "processing.gradient_checkpointing": governor.plan.gradient_checkpointing,
     }
+    trained = sum(parameter.numel() for _, parameter in trainable_parameters(model))
     optimizer = build_optimizer(model, config.optimization)
     resources = ResourceMonitor(
         folder.path, dict(config.monitor.thresholds.items()),
@@ -112,11 +113,12 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
         max_grad_norm=config.optimization.max_grad_norm, on_nonfinite=config.optimization.on_nonfinite,
         metrics=MetricsCollector(
             metrics=metrics, memory_limit_bytes=governor.limit_bytes,
-            tracker=_tracker(config, shape, model, precision, state),
+            tracker=_tracker(config, shape, trained, precision, state),
             read_memory=lambda: governor.reading, gpu_utilization=resources.gpu_utilization,
         ),
     )  # fmt: skip
-    _require_disk(folder, config, model)
+    # Room for two checkpoints: weights and AdamW's two moments in fp32.
+    folder.require_free(2 * 12 * trained + parse_size(config.resource.min_free_disk))
     if found is not None:
         _, rest = checkpoints.load_state(found)
         checkpoints.restore(found, rest, model, optimizer, loop.scheduler, loop.scaler)
@@ -126,19 +128,17 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
         "data": prepared.report.to_dict(),
         "device": str(device),
         "precision": precision.name,
-        "attention": attention_name(config),
+        "attention": objective.causal.config._attn_implementation,
         "compile_mode": mode,
         "threads": state.threads,
         "total_steps": state.total_steps,
         "samples_per_step": state.samples_per_step,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trainable_parameters": trained,
         "memory_plan": governor.plan.at(governor.token_budget).to_dict(),
         "memory_limit_bytes": governor.limit_bytes,
     }
     _say(facts, config)
-    return Assembled(
-        model, tokenizer, loop, precision, prepared, resources, batches.order.steps_per_epoch, facts,
-    )  # fmt: skip
+    return Assembled(model, tokenizer, loop, prepared, resources, facts)
 
 
 def _state(config: Config, prepared: Prepared, source: ModelSource, found: Path | None) -> TrainingState:
@@ -179,7 +179,7 @@ def settled(config: Config, state: TrainingState) -> Config:
 
 
 def _governor(
-    config: Config, source: ModelSource, prepared: Prepared, state: TrainingState, precision: Precision,
+    config: Config, architecture: dict[str, Any], prepared: Prepared, state: TrainingState, precision: Precision,
     device: torch.device,
 ) -> MemoryGovernor:  # fmt: skip
     """The memory plan, with activation checkpointing where `auto` finds that it does not fit without.
@@ -194,9 +194,9 @@ def _governor(
 
     def build(checkpointing: bool) -> MemoryGovernor:
         plan = plan_memory(
-            json.loads((source.folder / "config.json").read_bytes()), method=config.training.method, lora=config.lora,
-            precision=precision.name, max_length=longest, gradient_checkpointing=checkpointing,
-            optimizer=config.optimization.optimizer, loss_chunk=loss_rows(config), device=device.type,
+            architecture, method=config.training.method, lora=config.lora, precision=precision.name,
+            max_length=longest, gradient_checkpointing=checkpointing, optimizer=config.optimization.optimizer,
+            loss_chunk=loss_rows(config), device=device.type,
             trained_fraction=prepared.train.num_trained / prepared.train.num_tokens,
         )  # fmt: skip
         governor = MemoryGovernor(limit, plan, monitor, longest_sample=longest, step_tokens=step_tokens)
@@ -226,23 +226,16 @@ def _try_once(objective: Objective, precision: Precision) -> None:
 
 
 def _tracker(
-    config: Config, shape: ModelShape, model: Any, precision: Precision, state: TrainingState
+    config: Config, shape: ModelShape, trained: int, precision: Precision, state: TrainingState
 ) -> PerformanceTracker:
     """Throughput, and the share of this machine's measured matrix-product peak that it is."""
     full = config.training.method == "full"
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops = training_flops(
         shape.linear_parameters, shape.vocabulary * shape.hidden, adapter_parameters=0 if full else trained,
         trains_base=full,
     )  # fmt: skip
     peak = measure_matmul_peak(precision.name, precision.device)
     return PerformanceTracker(total_steps=state.total_steps, flops=flops, peak_flops=peak)
-
-
-def _require_disk(folder: RunFolder, config: Config, model: Any) -> None:
-    """Room for two checkpoints: weights and AdamW's two moments in fp32."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    folder.require_free(2 * 12 * trained + parse_size(config.resource.min_free_disk))
 
 
 def _tokens_to_train(prepared: Prepared, state: TrainingState) -> int:
@@ -305,7 +298,7 @@ def check_best_metric(config: Config, metrics: Iterable[str]) -> None:
 
 
 def attention_name(config: Config) -> str:
-    """The implementation's name for transformers. Raises: ConfigError for one that this machine lacks."""
+    """The implementation's name for transformers."""
     asked = config.processing.attention
     if not config.training.memory_efficient_attention:
         return "eager"
@@ -317,30 +310,33 @@ def load_for_training(
 ) -> Any:
     """The base model in the precision of frozen weights (fp32 where they are trained), with its adapter."""
     dtype = torch.float32 if config.training.method == "full" else precision.frozen
-    model = apply_adapter(_load_with_attention(config, source, dtype, device), config)
+    model = _with_attention(config, lambda name: load_model(source, dtype=dtype, device=device, attention=name))
+    model = apply_adapter(model, config)
     if checkpointing:
         enable_checkpointing(model)
     return model
 
 
-def _load_with_attention(config: Config, source: ModelSource, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model with the attention asked for; `auto` falls back where an architecture does not know the engine's."""
+def _with_attention(config: Config, load: Callable[[str], T]) -> T:
+    """What `load` gives for the attention asked for; `auto` falls back where an architecture does not know ours."""
     name = attention_name(config)
     try:
-        return load_model(source, dtype=dtype, device=device, attention=name)
+        return load(name)
     except (ConfigError, ModelError) as error:
-        if config.processing.attention != "auto" or name not in str(error):
+        if config.processing.attention != "auto" or repr(name) not in error.what:
             raise
         logger.info("this architecture has its own attention: processing.attention is eager")
-        return load_model(source, dtype=dtype, device=device, attention="eager")
+        return load("eager")
 
 
 def load_trained_model(path: str, config: Config, device: torch.device, precision: Precision) -> tuple[Any, Any]:
     """A model, adapter or checkpoint folder (or a hub id), ready for evaluation, and its tokenizer."""
-    model, tokenizer = load_trained(
-        path, config.model, dtype=precision.frozen, device=device, attention=attention_name(config),
-        cache_dir=config.cache.dir,
-    )  # fmt: skip
+    model, tokenizer = _with_attention(
+        config,
+        lambda name: load_trained(
+            path, config.model, dtype=precision.frozen, device=device, attention=name, cache_dir=config.cache.dir
+        ),
+    )
     return model.eval(), tokenizer
 
 

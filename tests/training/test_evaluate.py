@@ -77,3 +77,16 @@ def test_a_run_a_checkpoint_and_its_base_can_be_evaluated(settings, data_file, t
 def test_a_folder_without_a_model_is_refused(tmp_path, data_file):
     with pytest.raises(ModelError):
         lh.evaluate(tmp_path, data_file)
+
+
+def test_a_model_with_attention_of_its_own_is_evaluated(data_file, tiny_tokenizer, tmp_path):
+    """GPT-Neo does not ask transformers' registry: `attention: auto` takes eager."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    folder = tmp_path / "gpt-neo"
+    GPTNeoForCausalLM(
+        GPTNeoConfig(vocab_size=512, hidden_size=32, num_layers=1, num_heads=2, attention_types=[[["global"], 1]])
+    ).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    found = lh.evaluate(folder, data_file, Config.load(None, {"processing.precision": "fp32"}))
+    assert found.samples == 60
