@@ -1,0 +1,174 @@
+"""How the Triton kernels are launched: where, with which tiles, on which pointers. Imports without Triton.
+
+A default configuration is a row of a table, found by kernel, shape class and architecture, so that the same inputs give
+the same bits on the same kind of device. Timing candidates instead is opt-in (`LLAMAHOME_AUTOTUNE=1`): another winner
+is another order of summation.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llamahome import files
+
+ALIGNMENT = 16  # bytes: what a 128-bit load, an asynchronous copy and a tensor descriptor need
+INTERPRETER = "interpreter"
+
+
+class LaunchConfig(NamedTuple):
+    """Tiles and resources of one launch: block_m rows by block_n columns (0 where a kernel has one dimension)."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class StaticCase(NamedTuple):
+    """A production launch that the static gate compiles: as `triton.compiler.ASTSource` takes it.
+
+    `kernel` is the undecorated-by-autotune jit function, `signature` maps every argument to its type ("*bf16", "i32",
+    "fp32", "tensordesc<bf16[64, 128]>", "constexpr"), `constexprs` gives those values, `archs` are names such as
+    "sm_90" or "gfx942".
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    archs: tuple[str, ...]
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether operations on x run Triton kernels: on a GPU, or on a CPU under TRITON_INTERPRET=1."""
+    if x.device.type == "cuda":
+        return _has_triton()
+    return x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def architecture(device: torch.device) -> str:
+    """Name of the device's kind: "sm_90", "gfx942", or "interpreter" for a CPU."""
+    return INTERPRETER if device.type == "cpu" else _gpu_architecture(device.index)
+
+
+@functools.cache
+def _gpu_architecture(index: int | None) -> str:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def has_tensor_descriptors(arch: str) -> bool:
+    """Whether the hardware copies tiles by descriptor (TMA: sm_90 and later), or the interpreter imitates it."""
+    return arch == INTERPRETER or (arch.startswith("sm_") and int(arch[3:]) >= 90)
+
+
+def is_aligned(x: Tensor) -> bool:
+    """The last dimension dense, the pointer and every other stride a multiple of 16 bytes."""
+    outer = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    return (
+        (x.stride(-1) == 1 or x.shape[-1] == 1)
+        and x.data_ptr() % ALIGNMENT == 0
+        and all(size == 1 or stride * x.element_size() % ALIGNMENT == 0 for size, stride in outer)
+    )
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a dense copy where a kernel would load it narrowly.
+
+    One misaligned operand costs all asynchronous copies and hundreds of spilled bytes; a copy is one read and one
+    write. A row that is no multiple of 16 bytes long stays so: the launch is right, and slower.
+    """
+    return x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+# (kernel, shape class) -> architecture -> configuration. Chosen by compiled code: no spilled register on sm_90 and
+# sm_100, tensor-core instructions of the architecture, shared memory within its limit. None was timed on a GPU.
+_DEFAULTS: dict[tuple[str, str], dict[str, LaunchConfig]] = {}
+
+
+def default_config(kernel: str, shape: str, arch: str) -> LaunchConfig:
+    """The table's row for an architecture or for the nearest one known. Raises: KeyError for an unknown kernel."""
+    rows = _DEFAULTS[kernel, shape]
+    return rows[arch] if arch in rows else rows[_nearest(arch)]
+
+
+def _nearest(arch: str) -> str:
+    """An architecture of the table whose shared memory and instructions `arch` has too."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    return "sm_100" if arch in ("sm_101", "sm_103") else "sm_86"
+
+
+def choose_config(
+    kernel: str, shape: str, device: torch.device, candidates: Sequence[LaunchConfig],
+    launch: Callable[[LaunchConfig], None],
+) -> LaunchConfig:  # fmt: skip
+    """The configuration to launch with: the table's, or with LLAMAHOME_AUTOTUNE=1 on a GPU the fastest one.
+
+    Args:
+        candidates: few alternatives to the table's row; each is timed once per kernel, shape class and architecture,
+            and the winner kept in Triton's cache folder.
+        launch: runs the kernel with one configuration; called several times, so it must not change its inputs.
+    """
+    arch = architecture(device)
+    default = default_config(kernel, shape, arch)
+    if device.type == "cpu" or os.environ.get("LLAMAHOME_AUTOTUNE") != "1":
+        return default
+    key = f"{kernel}-{shape}-{arch}"
+    known = _tuned(key)
+    if known is None:
+        known = _fastest([default, *candidates], launch)
+        _remember(key, known)
+    return known
+
+
+@functools.cache
+def _tuned(key: str) -> LaunchConfig | None:
+    try:
+        return LaunchConfig(**json.loads(_tuning_file(key).read_text("utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):  # not tuned yet, or by a version with other fields
+        return None
+
+
+def _remember(key: str, config: LaunchConfig) -> None:
+    path = _tuning_file(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, config._asdict())
+    _tuned.cache_clear()
+
+
+def _tuning_file(key: str) -> Path:
+    import triton
+
+    return Path(triton.knobs.cache.dir) / "llamahome" / f"{key}-triton{triton.__version__}.json"
+
+
+def _fastest(configs: Sequence[LaunchConfig], launch: Callable[[LaunchConfig], None]) -> LaunchConfig:
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    def milliseconds(config: LaunchConfig) -> float:
+        try:
+            return float(do_bench(lambda: launch(config), warmup=5, rep=20))
+        except OutOfResources:
+            return float("inf")
+
+    return min(dict.fromkeys(configs), key=milliseconds)
