@@ -1,0 +1,371 @@
+"""Linear layers with LoRA adapters (arXiv 2106.09685) whose backward keeps little: compositions with their own autograd.
+
+Projections over one input form a group: the input is normalised once, multiplied once by the group's A matrices laid
+one upon the other (rank R in all), and kept once. The norm's output, and the MLP's product, are made again in backward
+where they are read. No weight is ever merged. Saved per token and Llama layer in bf16, all projections adapted:
+8h + 4f + 4kv + 4hq + 14r + 8 bytes (h hidden, f MLP width, kv key-value width, hq query heads, r rank).
+
+Shapes: T tokens, K inputs, N outputs, r rank. Products run in autocast's dtype where it is on, else in that of x; each
+gradient comes in the dtype of its tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from llamahome.kernels.mlp import Activation, gated_backward, gated_forward
+from llamahome.kernels.norm import rms_norm_apply, rms_norm_backward, rms_norm_forward, rms_norm_reference
+
+
+class LoraWeights(NamedTuple):
+    """A linear layer and its adapter: y = x @ weight.T + bias + scaling * dropout(x) @ a.T @ b.T."""
+
+    weight: Tensor  # [N, K]
+    bias: Tensor | None = None  # [N]
+    a: Tensor | None = None  # [r, K]; None without an adapter
+    b: Tensor | None = None  # [N, r]
+    scaling: float = 1.0
+    dropout: float = 0.0  # probability; 0 outside of training
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.a is None else self.a.shape[0]
+
+
+class NormWeights(NamedTuple):
+    """The RMS norm before a group: weight [K], its eps, and the offset 1 that Gemma adds to the weight."""
+
+    weight: Tensor
+    eps: float
+    offset: float = 0.0
+
+
+def lora_linear_reference(x: Tensor, lora: LoraWeights) -> Tensor:
+    """The plain definition, differentiable; the same result as `lora_linear`, dropout drawn in the same order."""
+    y = F.linear(x, lora.weight, lora.bias)
+    if lora.a is None or lora.b is None:
+        return y
+    return y + F.linear(F.linear(F.dropout(x, lora.dropout), lora.a), lora.b) * lora.scaling
+
+
+def norm_lora_linears_reference(x: Tensor, norm: NormWeights | None, loras: Sequence[LoraWeights]) -> list[Tensor]:
+    """The plain definition, differentiable; the same results as `norm_lora_linears`."""
+    y = x if norm is None else rms_norm_reference(x, *norm)
+    return [lora_linear_reference(y, lora) for lora in loras]
+
+
+def lora_mlp_reference(
+    x: Tensor, norm: NormWeights | None, gates: Sequence[LoraWeights], down: LoraWeights,
+    activation: Activation = "silu", *, residual: bool = False,
+) -> Tensor:  # fmt: skip
+    """The plain definition, differentiable; the same result as `lora_mlp`."""
+    e, g = _halves(norm_lora_linears_reference(x, norm, gates))
+    y = lora_linear_reference(gated_forward(e, g, activation), down)
+    return x + y if residual else y
+
+
+def lora_linear(x: Tensor, lora: LoraWeights, residual: Tensor | None = None) -> Tensor:
+    """x [T, K] -> [T, N], plus `residual` [T, N] where given. Saves x and x @ a.T. Differentiable once."""
+    tensors, options = _flatten([lora], x)
+    y: Tensor = _Linear.apply(x, residual, options, *tensors)  # type: ignore[no-untyped-call]
+    return y
+
+
+def norm_lora_linears(x: Tensor, norm: NormWeights | None, loras: Sequence[LoraWeights]) -> tuple[Tensor, ...]:
+    """Several projections of one normalised input, x [T, K] -> one [T, N] each; `norm` None leaves the norm out.
+
+    Saves x, the norm's 1 / rms per row, and x @ [a, ...].T. Differentiable once.
+    """
+    tensors, options = _flatten(loras, x)
+    weight, eps, offset = norm or (None, 0.0, 0.0)
+    out: tuple[Tensor, ...] = _NormLinears.apply(x, weight, eps, offset, options, *tensors)  # type: ignore[no-untyped-call]
+    return out
+
+
+def lora_mlp(
+    x: Tensor, norm: NormWeights | None, gates: Sequence[LoraWeights], down: LoraWeights,
+    activation: Activation = "silu", *, residual: bool = False, recompute: bool = False,
+) -> Tensor:  # fmt: skip
+    """The gated MLP of a decoder layer with its norm, x [T, h] -> [T, h]: down(activation(gate(norm x)) * up(norm x)).
+
+    Args:
+        gates: gate and up, or one projection [2f, h] that holds both, gate first (Phi-3).
+        residual: add x to the result.
+        recompute: make gate and up again in backward instead of keeping them: 4f bytes less per token in bf16 for
+            their two products.
+
+    Saves x, the norm's 1 / rms per row, gate's and up's outputs, and what each adapter's A made. Differentiable once.
+    """
+    tensors, options = _flatten([*gates, down], x)
+    weight, eps, offset = norm or (None, 0.0, 0.0)
+    flags = (eps, offset, activation, residual, recompute)
+    y: Tensor = _Mlp.apply(x, weight, flags, options, *tensors)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Options(NamedTuple):
+    """What is no tensor of a group of projections."""
+
+    scalings: tuple[float, ...]
+    dropouts: tuple[float, ...]
+    dtype: torch.dtype
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, residual: Tensor | None, options: _Options, *tensors: Tensor | None,  # noqa: ANN001
+    ) -> Tensor:  # fmt: skip
+        loras = _unflatten(tensors, options)
+        (out,), xa, masks = _project(x.to(options.dtype), loras, residual)
+        ctx.save_for_backward(x, xa, *tensors, *masks)
+        ctx.options, ctx.residual_dtype = options, None if residual is None else residual.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+        (x, xa), loras, masks = _saved(ctx, 2)
+        y, d_low = x.to(ctx.options.dtype), d_out.to(ctx.options.dtype)
+        d_x, grads = _project_backward([d_low], y, xa, loras, masks, ctx.needs_input_grad[3:], ctx.needs_input_grad[0])
+        d_residual = d_out.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None
+        return None if d_x is None else d_x.to(x.dtype), d_residual, None, *grads
+
+
+class _NormLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, norm: Tensor | None, eps: float, offset: float, options: _Options, *tensors: Tensor | None,  # noqa: ANN001
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        loras = _unflatten(tensors, options)
+        y, rstd = _normalised(x, norm, eps, offset)
+        outs, xa, masks = _project(y.to(options.dtype), loras)
+        ctx.save_for_backward(x, norm, rstd, xa, *tensors, *masks)
+        ctx.options, ctx.offset = options, offset
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *d_outs: Tensor):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+        (x, norm, rstd, xa), loras, masks = _saved(ctx, 4)
+        need_x, need_norm = ctx.needs_input_grad[:2]
+        y = x if norm is None else rms_norm_apply(x, norm, rstd, ctx.offset)
+        d_low = [d_out.to(ctx.options.dtype) for d_out in d_outs]
+        d_y, grads = _project_backward(
+            d_low, y.to(ctx.options.dtype), xa, loras, masks, ctx.needs_input_grad[5:], need_x or need_norm
+        )
+        d_x, d_norm = _norm_backward(d_y, x, norm, rstd, ctx.offset, need_norm, None)
+        return d_x, d_norm, None, None, None, *grads
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, norm: Tensor | None, flags: Any, options: _Options, *tensors: Tensor | None,  # noqa: ANN001
+    ) -> Tensor:  # fmt: skip
+        eps, offset, activation, residual, recompute = flags
+        *gates, down = _unflatten(tensors, options)
+        y, rstd = _normalised(x, norm, eps, offset)
+        outs, xa, masks = _project(y.to(options.dtype), gates)
+        h = gated_forward(*_halves(outs), activation)
+        (out,), xa_down, mask_down = _project(h, [down], x if residual else None)
+        ctx.count = 0 if recompute else len(outs)
+        ctx.save_for_backward(x, norm, rstd, xa, xa_down, *outs[: ctx.count], *tensors, *masks, *mask_down)
+        ctx.options, ctx.flags = options, flags
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+        (x, norm, rstd, xa, xa_down, *outs), loras, masks = _saved(ctx, 5 + ctx.count)
+        _, offset, activation, residual, _ = ctx.flags
+        need_x, need_norm = ctx.needs_input_grad[:2]
+        needs, dtype = ctx.needs_input_grad[4:], ctx.options.dtype
+        *gates, down = loras
+        y = (x if norm is None else rms_norm_apply(x, norm, rstd, offset)).to(dtype)
+        if not outs:
+            outs = _outputs(y, xa, gates)
+        e, g = _halves(outs)
+        d_low = d_out.to(dtype)
+        d_h = _input_gradient([d_low], [down], masks[-1:])
+        h, d_e, d_g = gated_backward(d_h, e, g, activation)
+        split = 4 * len(gates)
+        grads_down = _weight_gradients([d_low], h, xa_down, [down], masks[-1:], needs[split:])
+        del d_h, h, e, g, outs
+        d_outs = [d_e, d_g] if len(gates) == 2 else [torch.cat((d_e, d_g), -1)]
+        del d_e, d_g
+        d_y, grads = _project_backward(d_outs, y, xa, gates, masks[:-1], needs[:split], need_x or need_norm)
+        d_x, d_norm = _norm_backward(d_y, x, norm, rstd, offset, need_norm, d_out if residual else None)
+        return d_x, d_norm, None, None, *grads, *grads_down
+
+
+def _flatten(loras: Sequence[LoraWeights], x: Tensor) -> tuple[list[Tensor | None], _Options]:
+    """The tensors of a group in a row, as autograd wants them, and the rest."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    tensors = [tensor for lora in loras for tensor in lora[:4]]
+    return tensors, _Options(tuple(lora.scaling for lora in loras), tuple(lora.dropout for lora in loras), dtype)
+
+
+def _unflatten(tensors: Sequence[Tensor | None], options: _Options) -> list[LoraWeights]:
+    """The group again, its tensors in the dtype of the products."""
+    low = [None if tensor is None else tensor.to(options.dtype) for tensor in tensors]
+    rest = enumerate(zip(options.scalings, options.dropouts, strict=True))
+    return [LoraWeights(*low[4 * i : 4 * i + 4], *numbers) for i, numbers in rest]  # type: ignore[arg-type]
+
+
+def _saved(ctx: Any, count: int) -> tuple[tuple[Tensor, ...], list[LoraWeights], list[Tensor | None]]:
+    """The first `count` saved tensors, the group, and a dropout mask or None for each of its projections."""
+    tensors = ctx.saved_tensors
+    end = count + 4 * len(ctx.options.scalings)
+    loras = _unflatten(tensors[count:end], ctx.options)
+    drawn = iter(tensors[end:])
+    return tensors[:count], loras, [next(drawn) if _drops(lora) else None for lora in loras]
+
+
+def _drops(lora: LoraWeights) -> bool:
+    return lora.a is not None and lora.dropout > 0
+
+
+def _halves(outs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """gate's and up's outputs, of two projections or of one that holds both."""
+    first, second = outs if len(outs) == 2 else outs[0].chunk(2, -1)
+    return first, second
+
+
+def _normalised(x: Tensor, norm: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor | None]:
+    if norm is None:
+        return x, None
+    y, rstd, _ = rms_norm_forward(x, norm, eps, offset)
+    return y, rstd
+
+
+def _norm_backward(
+    d_y: Tensor | None, x: Tensor, norm: Tensor | None, rstd: Tensor, offset: float, need_weight: bool,
+    d_residual: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    if d_y is None:
+        return None, None
+    if norm is None:
+        d_x = d_y.to(x.dtype)
+        return (d_x if d_residual is None else d_x + d_residual), None
+    return rms_norm_backward(d_y, x, norm, rstd, offset, need_weight, d_residual)
+
+
+def _project(
+    y: Tensor, loras: list[LoraWeights], residual: Tensor | None = None
+) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
+    """Each projection of y [T, K], y @ [a, ...].T as one [T, R] (None without adapters), and dropout masks [T, K]."""
+    adapted = [lora for lora in loras if lora.a is not None]
+    masks: list[Tensor] = []
+    xa = None
+    if any(map(_drops, adapted)):
+        parts = []
+        for lora in adapted:
+            dropped = y
+            if lora.dropout:
+                dropped, mask = torch.native_dropout(y, lora.dropout, True)
+                masks.append(mask)
+            parts.append(F.linear(dropped, lora.a))  # type: ignore[arg-type]
+        xa = torch.cat(parts, -1)
+    elif adapted:
+        xa = F.linear(y, _stacked(adapted))
+    return _outputs(y, xa, loras, residual), xa, masks
+
+
+def _outputs(y: Tensor, xa: Tensor | None, loras: list[LoraWeights], residual: Tensor | None = None) -> list[Tensor]:
+    """Each projection of y, the A matrices' products given; `residual` is added in the product's own accumulator."""
+    parts = iter(() if xa is None else xa.split([lora.rank for lora in loras if lora.a is not None], -1))
+    outs = []
+    for lora in loras:
+        if residual is not None and residual.dtype == y.dtype and lora.bias is None:
+            out = torch.addmm(residual, y, lora.weight.T)
+        else:
+            out = F.linear(y, lora.weight, lora.bias)
+        if lora.b is not None:
+            out = torch.addmm(out, next(parts), lora.b.T, alpha=lora.scaling)
+        if residual is not None and (residual.dtype != y.dtype or lora.bias is not None):
+            out = residual + out
+        outs.append(out)
+    return outs
+
+
+def _project_backward(
+    d_outs: list[Tensor], y: Tensor, xa: Tensor | None, loras: list[LoraWeights], masks: list[Tensor | None],
+    needs: Sequence[bool], need_input: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """(d y or None, the gradients of all tensors of the group in `_flatten`'s order)."""
+    grads = _weight_gradients(d_outs, y, xa, loras, masks, needs)
+    return _input_gradient(d_outs, loras, masks) if need_input else None, grads
+
+
+def _input_gradient(d_outs: list[Tensor], loras: list[LoraWeights], masks: list[Tensor | None]) -> Tensor:
+    total = None
+    for d_out, lora in zip(d_outs, loras, strict=True):
+        total = d_out @ lora.weight if total is None else torch.addmm(total, d_out, lora.weight)
+    assert total is not None
+    d_xa = _through_b(d_outs, loras)
+    if d_xa is None:
+        return total
+    if all(mask is None for mask in masks):
+        return torch.addmm(total, d_xa, _stacked([lora for lora in loras if lora.a is not None]))
+    adapted = [(lora, mask) for lora, mask in zip(loras, masks, strict=True) if lora.a is not None]
+    for part, (lora, mask) in zip(d_xa.split([lora.rank for lora, _ in adapted], -1), adapted, strict=True):
+        total = total + _undropped(part @ lora.a, mask, lora.dropout)  # type: ignore[operator]
+    return total
+
+
+def _weight_gradients(
+    d_outs: list[Tensor], y: Tensor, xa: Tensor | None, loras: list[LoraWeights], masks: list[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of weight, bias, a and b of each projection; None where none is needed."""
+    ranks = [lora.rank for lora in loras if lora.a is not None]
+    d_as = iter(_a_gradients(d_outs, y, loras, masks) if any(needs[2::4]) else [None] * len(ranks))
+    parts = iter(() if xa is None else xa.split(ranks, -1))
+    grads: list[Tensor | None] = []
+    for i, (d_out, lora) in enumerate(zip(d_outs, loras, strict=True)):
+        need_weight, need_bias, need_a, need_b = needs[4 * i : 4 * i + 4]
+        grads.append(d_out.T @ y if need_weight else None)
+        grads.append(d_out.sum(0) if need_bias else None)
+        d_a, part = (None, None) if lora.a is None else (next(d_as), next(parts))
+        grads.append(d_a if need_a else None)
+        grads.append((d_out.T @ part) * lora.scaling if need_b and part is not None else None)
+    return grads
+
+
+def _a_gradients(
+    d_outs: list[Tensor], y: Tensor, loras: list[LoraWeights], masks: list[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """d a of each adapter: one product over the shared input, or one each where their dropout differs."""
+    d_xa = _through_b(d_outs, loras)
+    if d_xa is None:
+        return []
+    adapted = [(lora, mask) for lora, mask in zip(loras, masks, strict=True) if lora.a is not None]
+    ranks = [lora.rank for lora, _ in adapted]
+    if all(mask is None for mask in masks):
+        return (d_xa.T @ y).split(ranks)
+    split = zip(d_xa.split(ranks, -1), adapted, strict=True)
+    return [part.T @ _undropped(y, mask, lora.dropout) for part, (lora, mask) in split]
+
+
+def _through_b(d_outs: list[Tensor], loras: list[LoraWeights]) -> Tensor | None:
+    """The gradient of x @ [a, ...].T, [T, R]; None without adapters."""
+    parts = [(d_out @ lora.b) * lora.scaling for d_out, lora in zip(d_outs, loras, strict=True) if lora.b is not None]
+    return torch.cat(parts, -1) if parts else None
+
+
+def _undropped(x: Tensor, mask: Tensor | None, probability: float) -> Tensor:
+    return x if mask is None else x * mask * (1 / (1 - probability))
+
+
+def _stacked(adapted: list[LoraWeights]) -> Tensor:
+    """[a, ...] of one group, [R, K]."""
+    matrices = [lora.a for lora in adapted if lora.a is not None]
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
