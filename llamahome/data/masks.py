@@ -18,11 +18,11 @@ from functools import cached_property, partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from llamahome.data.encoding import Span
 from llamahome.data.schemas import Message, Sample
 from llamahome.data.watchdog import TimeLimit, Watchdog
 from llamahome.errors import ModelError
 
-Span = tuple[int, int]
 T = TypeVar("T")
 
 RENDER_SECONDS = 10.0

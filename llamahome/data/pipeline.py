@@ -8,17 +8,18 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llamahome.config import parse_size
+from llamahome.data.encoding import Encoded, Rendered
 from llamahome.data.formats import Piece, read_source
 from llamahome.data.report import DataReport, Faults, Place, TooManyFaultsError
 from llamahome.data.rows import Row
 from llamahome.data.schemas import Sample, SchemaReader
 from llamahome.data.sources import Source
-from llamahome.data.templates import Encoded, Rendered, Renderer
+from llamahome.data.templates import Renderer
 from llamahome.errors import DataError, LlamaHomeError, ModelError
 
 if TYPE_CHECKING:
@@ -111,15 +112,17 @@ class Pipeline:
         self, renderer: Renderer, batches: Iterable[list[tuple[Sample, Place]]]
     ) -> Iterator[tuple[list[tuple[Sample, Place]], list[Encoded]]]:
         """Rendering runs here, tokenising on other threads, a few batches ahead."""
-        queue: deque[tuple[list[tuple[Sample, Place]], list[Rendered], Future[list[Any]]]] = deque()
+        queue: deque[tuple[list[tuple[Sample, Place]], Future[list[Encoded]]]] = deque()
         with _threads_of_our_own(), ThreadPoolExecutor(max(self.workers, 1)) as pool:
             for batch in batches:
                 batch, rendered = self._render(renderer, batch)
-                queue.append((batch, rendered, pool.submit(renderer.encode_texts, rendered)))
+                queue.append((batch, pool.submit(renderer.tokenize, rendered)))
                 if len(queue) > self.workers:
-                    yield _finished(renderer, *queue.popleft())
+                    done, tokens = queue.popleft()
+                    yield done, tokens.result()
             while queue:
-                yield _finished(renderer, *queue.popleft())
+                done, tokens = queue.popleft()
+                yield done, tokens.result()
 
     def _render(
         self, renderer: Renderer, batch: list[tuple[Sample, Place]]
@@ -195,12 +198,6 @@ def _line_of(error: LlamaHomeError, file: str) -> int:
     """The line in an error's `file:line[:field]`, or 0."""
     line = error.where.removeprefix(f"{file}:").partition(":")[0]
     return int(line) if line.isdigit() else 0
-
-
-def _finished(
-    renderer: Renderer, batch: list[tuple[Sample, Place]], rendered: list[Rendered], encodings: Future[list[Any]]
-) -> tuple[list[tuple[Sample, Place]], list[Encoded]]:
-    return batch, renderer.mark(rendered, encodings.result())
 
 
 @contextmanager

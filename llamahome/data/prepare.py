@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llamahome.data.cache import Cache, Entry, folder_bytes, temporary_entry
+from llamahome.data.encoding import Encoded
 from llamahome.data.formats import WHOLE
 from llamahome.data.hashes import HashWriter, count_repeated, count_shared, hash_sample
 from llamahome.data.journal import Part, fill
@@ -28,7 +29,7 @@ from llamahome.data.progress import Show, log_progress
 from llamahome.data.recipe import Data, Recipe, check_trainable, identity
 from llamahome.data.report import DataReport, Faults, TooManyFaultsError
 from llamahome.data.schemas import Sample
-from llamahome.data.templates import Encoded, Renderer
+from llamahome.data.templates import Renderer
 from llamahome.errors import DataError
 
 if TYPE_CHECKING:

@@ -1,24 +1,19 @@
 """Samples to tokens: the chat template is rendered, tokenised once, and the tokens to train on are marked exactly.
 
-A token is trained when its first character lies in a trained span of the rendered text. A token that crosses the
-beginning of a span is therefore not trained, and one that crosses its end is. The spans come from `data.masks`.
+The spans of the text that are trained come from `data.masks`, the tokens in them from `data.encoding`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
-from llamahome.data.masks import Span, Template
+from llamahome.data.encoding import Encoded, Encoder, Rendered
+from llamahome.data.masks import Template
 from llamahome.data.schemas import PAIRS, Sample
 from llamahome.errors import ConfigError, ModelError
 
@@ -36,39 +31,23 @@ NAMED = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The tokens of one sample (uint32) and which of them are trained (bool); the first never is."""
-
-    ids: npt.NDArray[np.uint32]
-    trained: npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A sample as text; `spans` are its trained characters. `closed` texts get the tokenizer's bos and an eos."""
-
-    text: str
-    spans: Sequence[Span]
-    closed: bool = False
-
-
 class Renderer:
     """Renders and tokenises samples; holds a private copy of the tokenizer without truncation and padding."""
 
     def __init__(self, tokenizer: Any, settings: DataSettings) -> None:
         """`tokenizer` is a fast one of transformers. Raises: ModelError, ConfigError (`data.template`)."""
-        self.train_all = settings.train_on == "all"
+        self._train_all = settings.train_on == "all"
         self.name = str(tokenizer.name_or_path or type(tokenizer).__name__)
-        self.backend = _copy_backend(tokenizer, self.name)
-        self.bos, self.eos = _ends(self.backend, tokenizer.eos_token_id)
+        backend = _copy_backend(tokenizer, self.name)
+        bos, eos = _ends(backend, tokenizer.eos_token_id)
         self.vocab_size = max(len(tokenizer), *(number + 1 for number in tokenizer.added_tokens_decoder), 1)
         source = _template_source(tokenizer, settings.template, self.name)
         added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         special = dict(tokenizer.special_tokens_map)
         self.template = Template(source, special, added, self.name) if source else None
-        identity = (self.backend.to_str(), str(source), str(sorted(special.items())), f"{self.bos} {self.eos}")
-        self.backend.post_processor = None  # ByteLevel's would leave spaces out of the tokens' positions
+        identity = (backend.to_str(), str(source), str(sorted(special.items())), f"{bos} {eos}")
+        backend.post_processor = None  # ByteLevel's would leave spaces out of the tokens' positions
+        self._encoder = Encoder(backend, bos, eos, self._train_all)
         self.fingerprint = hashlib.sha256("\0".join(identity).encode()).hexdigest()
         self._said_plain = False
 
@@ -86,7 +65,7 @@ class Renderer:
     def _render_chat(self, sample: Sample, template: Template) -> Rendered:
         if not sample.messages:
             return _whole_text(sample)
-        text, spans = template.render(sample, find_spans=not self.train_all)
+        text, spans = template.render(sample, find_spans=not self._train_all)
         return Rendered(text, spans)
 
     def _render_plain(self, sample: Sample) -> Rendered:
@@ -107,41 +86,8 @@ class Renderer:
         return Rendered(prompt + answer, [(len(prompt), len(prompt) + len(answer))], closed=True)
 
     def tokenize(self, rendered: Sequence[Rendered]) -> list[Encoded]:
-        """Tokens of rendered samples."""
-        return self.mark(rendered, self.encode_texts(rendered))
-
-    def encode_texts(self, rendered: Sequence[Rendered]) -> list[Any]:
-        """`tokenizers.Encoding`s of the texts. Runs without Python's lock, so several threads may do it at once."""
-        encodings: list[Any] = self.backend.encode_batch([item.text for item in rendered], add_special_tokens=False)
-        return encodings
-
-    def mark(self, rendered: Sequence[Rendered], encodings: Sequence[Any]) -> list[Encoded]:
-        """Tokens with trained marks from what `encode_texts` gave."""
-        return [self._mark(item, encoding) for item, encoding in zip(rendered, encodings, strict=True)]
-
-    def _mark(self, item: Rendered, encoding: Any) -> Encoded:
-        ids: list[int] = encoding.ids
-        trained = np.full(len(ids), self.train_all, dtype=np.bool_)
-        for start, end in item.spans:
-            trained[first_token(encoding, start, item.text) : first_token(encoding, end, item.text)] = True
-        if item.closed:
-            ids = [*self.bos, *ids, *self.eos]
-            trained = np.pad(trained, (len(self.bos), len(self.eos)), constant_values=self.train_all)
-            trained[len(ids) - len(self.eos) :] = True
-        trained[:1] = False  # nothing predicts it
-        return Encoded(np.frombuffer(array("I", ids), np.uint32), trained)  # half the time of np.array
-
-
-def first_token(encoding: Any, position: int, text: str) -> int:
-    """The index of the first token that begins at the character `position` or later."""
-    # Characters that a normaliser dropped belong to no token.
-    while position < len(text) and (token := encoding.char_to_token(position)) is None:
-        position += 1
-    if position >= len(text):
-        return len(encoding)
-    while token < len(encoding) and encoding.token_to_chars(token)[0] < position:
-        token += 1
-    return int(token)
+        """Tokens of rendered samples. Runs without Python's lock for the most part; threads may do it at once."""
+        return self._encoder.encode(rendered)
 
 
 def _whole_text(sample: Sample) -> Rendered:

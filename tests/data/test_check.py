@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from llamahome.config import Config
 from llamahome.data.cache import Cache
+from llamahome.data.encoding import Encoded
 from llamahome.data.pipeline import split
 from llamahome.data.prepare import check, prepare
 from llamahome.data.report import DataReport, pack_place, unpack_place
 from llamahome.data.store import TokenStore
-from llamahome.data.templates import Encoded
 from llamahome.errors import DataError, ModelError
 
 
