@@ -15,6 +15,7 @@ import click
 from llamahome import __version__
 from llamahome.commands.data import cache, data
 from llamahome.commands.options import base_model, changes, load_config, print_error, print_line, settings
+from llamahome.commands.tools import chat, doctor
 from llamahome.errors import ConfigError, LlamaHomeError
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ def merge(adapter: Path, output: Path, dtype: str | None, base: str | None, **gi
 
 cli.add_command(data)
 cli.add_command(cache)
+cli.add_command(chat)
+cli.add_command(doctor)
 
 
 def main() -> None:

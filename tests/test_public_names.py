@@ -21,6 +21,8 @@ COMMANDS = {
     "llamahome train-resume": {"CHECKPOINT", *SETTINGS},
     "llamahome train-eval": {"MODEL", "DATA", "--output", "--model", "--json", *SETTINGS},
     "llamahome merge": {"ADAPTER", "--output", "--model", "--dtype", *SETTINGS},
+    "llamahome chat": {"MODEL", "--prompt", "--system", "--max-new-tokens", "--temperature", "--model", *SETTINGS},
+    "llamahome doctor": {"--json", *SETTINGS},
     "llamahome data": set(),
     "llamahome data check": {"PATH", "--model", "--json", *SETTINGS},
     "llamahome data prepare": {"PATH", "--output", "--eval-data", "--shard", "--model", *SETTINGS},

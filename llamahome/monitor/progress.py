@@ -218,9 +218,9 @@ def bar(share: float) -> str:
     return f"[{'#' * filled}{'.' * (_BAR - filled)}]"
 
 
-def clean(text: str) -> str:
-    """`text` in one line without control characters, so that data cannot steer the terminal."""
-    return text.translate(_ESCAPES)
+def clean(text: str, keep: str = "") -> str:
+    """`text` without control characters other than those to `keep`, so that data cannot steer the terminal."""
+    return text.translate({code: shown for code, shown in _ESCAPES.items() if chr(code) not in keep})
 
 
 def _short(value: Any) -> str:
