@@ -93,9 +93,10 @@ class TestTrain:
     def test_it_says_what_it_did(self, trained: tuple[Path, Any]) -> None:
         run, answer = trained
         assert answer.returncode == 0, answer.stderr
-        *lines, losses, last = answer.stdout.splitlines()
+        *lines, losses, model, chat = answer.stdout.splitlines()
         assert re.fullmatch(r"held-out loss \d\.\d{4} before, \d\.\d{4} after 6 steps", losses)
-        assert last == f"model in {run / 'final'}"
+        assert model == f"model in {run / 'final'}"
+        assert chat == f"talk to it: llamahome chat {run}"
         assert any(line.startswith("step 6/6, loss ") for line in lines)
         assert "6 steps of 4 samples (optimization.max_steps, optimization.global_batch_size)" in answer.stderr
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", answer.stdout)
@@ -104,7 +105,7 @@ class TestTrain:
     def test_it_goes_on_to_more_steps(self, run: Path, command: Any) -> None:
         code, out, _ = command("train-resume", run, "--set", "optimization.max_steps=8")
         assert code == 0
-        assert out.splitlines()[-1] == f"model in {run / 'final'}"
+        assert out.splitlines()[-2] == f"model in {run / 'final'}"
         assert steps(run) == list(range(1, 9))
 
     def test_an_older_checkpoint_takes_the_run_back(self, run: Path, command: Any) -> None:

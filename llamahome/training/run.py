@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from llamahome.config import Config, parse_size
@@ -48,6 +49,7 @@ class RunResult:
         elif self.after:
             lines.append(f"held-out loss {self.after.loss:.4f} after {self.steps} steps")
         lines.append(f"model in {self.output / 'final'}")
+        lines.append(f"talk to it: llamahome chat {quote(str(self.output))}")
         return lines
 
 
