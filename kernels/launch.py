@@ -99,14 +99,24 @@ def aligned(x: Tensor) -> Tensor:
     return x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
-# (kernel, shape class) -> architecture -> configuration. Chosen by compiled code: no spilled register on sm_90 and
-# sm_100, tensor-core instructions of the architecture, shared memory within its limit. None was timed on a GPU.
-_DEFAULTS: dict[tuple[str, str], dict[str, LaunchConfig]] = {}
+# (kernel, shape class) -> architecture -> the configuration, then what tuning tries besides it. Chosen by compiled
+# code: no spilled register on sm_90 and sm_100, tensor-core instructions of the architecture, shared memory within its
+# limit. None was timed on a GPU.
+_CONFIGS: dict[tuple[str, str], dict[str, tuple[LaunchConfig, ...]]] = {
+    (kernel, f"{access}{size}"): {INTERPRETER: (LaunchConfig(32, 32, 4, 1),)}
+    for kernel in ("attention_forward", "attention_dq", "attention_dkv")
+    for access in ("tma", "pointers", "fp32_")
+    for size in (16, 32, 64, 128, 256)
+}
 
 
 def default_config(kernel: str, shape: str, arch: str) -> LaunchConfig:
     """The table's row for an architecture or for the nearest one known. Raises: KeyError for an unknown kernel."""
-    rows = _DEFAULTS[kernel, shape]
+    return _configs(kernel, shape, arch)[0]
+
+
+def _configs(kernel: str, shape: str, arch: str) -> tuple[LaunchConfig, ...]:
+    rows = _CONFIGS[kernel, shape]
     return rows[arch] if arch in rows else rows[_nearest(arch)]
 
 
@@ -118,24 +128,21 @@ def _nearest(arch: str) -> str:
 
 
 def choose_config(
-    kernel: str, shape: str, device: torch.device, candidates: Sequence[LaunchConfig],
-    launch: Callable[[LaunchConfig], None],
-) -> LaunchConfig:  # fmt: skip
-    """The configuration to launch with: the table's, or with LLAMAHOME_AUTOTUNE=1 on a GPU the fastest one.
+    kernel: str, shape: str, device: torch.device, launch: Callable[[LaunchConfig], None]
+) -> LaunchConfig:
+    """The configuration to launch with: the table's, or with LLAMAHOME_AUTOTUNE=1 on a GPU the fastest of its row.
 
-    Args:
-        candidates: few alternatives to the table's row; each is timed once per kernel, shape class and architecture,
-            and the winner kept in Triton's cache folder.
-        launch: runs the kernel with one configuration; called several times, so it must not change its inputs.
+    Candidates are timed once per kernel, shape class and architecture; Triton's cache folder keeps the winner.
+    `launch` runs the kernel with one configuration; it is called several times, so it must not change its inputs.
     """
     arch = architecture(device)
-    default = default_config(kernel, shape, arch)
-    if device.type == "cpu" or os.environ.get("LLAMAHOME_AUTOTUNE") != "1":
-        return default
+    configs = _configs(kernel, shape, arch)
+    if len(configs) == 1 or device.type == "cpu" or os.environ.get("LLAMAHOME_AUTOTUNE") != "1":
+        return configs[0]
     key = f"{kernel}-{shape}-{arch}"
     known = _tuned(key)
     if known is None:
-        known = _fastest([default, *candidates], launch)
+        known = _fastest(configs, launch)
         _remember(key, known)
     return known
 
@@ -171,4 +178,4 @@ def _fastest(configs: Sequence[LaunchConfig], launch: Callable[[LaunchConfig], N
         except OutOfResources:
             return float("inf")
 
-    return min(dict.fromkeys(configs), key=milliseconds)
+    return min(configs, key=milliseconds)

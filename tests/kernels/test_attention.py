@@ -90,7 +90,7 @@ def test_inputs_need_not_be_contiguous():
 
 def test_the_operator_is_well_formed():
     q, k, v, edges = _inputs([6, 3])
-    torch.library.opcheck(torch.ops.llamahome.varlen_attention, (q, k, v, edges, 0.3, 0))
+    torch.library.opcheck(torch.ops.llamahome.varlen_attention, (q, k, v, edges, 0.3, 0, 0.0))
 
 
 def test_compile_sees_through_it():
