@@ -8,26 +8,36 @@ out; if the template has no end token, the span is the whole turn. What a templa
 Templates that render a turn in another way once more turns follow (Qwen3 removes earlier reasoning) are no prefix of
 themselves. There `{% generation %}` marks decide if the template has them; else the turn is rendered twice with other
 contents, and what the two have in common around the difference is the template's.
+
+Most templates need not be run for every sample: `data.frames`. Templates that write today's date get a fixed one, for
+tokens are kept, gone on with on another day, and compared.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import date
 from functools import cached_property, partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from llamahome.data.encoding import Span
+from llamahome.data.frames import Frame, find_frame
+from llamahome.data.layout import lays_contents_out
 from llamahome.data.schemas import Message, Sample
 from llamahome.data.watchdog import TimeLimit, Watchdog
 from llamahome.errors import ModelError
 
+Roles = tuple[str, ...]
 T = TypeVar("T")
 
 RENDER_SECONDS = 10.0
 # A rendered sample may be this much longer than its messages.
 GROWTH_FACTOR, GROWTH_CHARS = 100, 1 << 20
+TODAY = date(2024, 7, 26)  # for templates that ask; Llama 3's write this one where no date is to be had
+MAX_FRAMES = 1000  # each for chats of other roles
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -41,7 +51,14 @@ class Template:
         longest_first = sorted(map(re.escape, self._added), key=len, reverse=True)
         self._closing = re.compile(rf"\s*(?:{'|'.join(longest_first)})") if self._added else None
         self._marked = bool(_GENERATION.search(source))
+        self.is_dated = "strftime_now" in source
         self._bare_prompt: bool | None = None  # the generation prompt lacks the turn's header
+        self._frames: dict[Roles, Frame | None] = {}
+
+    @property
+    def identity(self) -> str:
+        """What decides about the texts, apart from the special tokens."""
+        return f"{self.source}\0{TODAY}" if self.is_dated else self.source
 
     def __enter__(self) -> Self:
         self._watchdog = Watchdog(RENDER_SECONDS).__enter__()
@@ -54,6 +71,25 @@ class Template:
 
     def render(self, sample: Sample, *, find_spans: bool = True) -> tuple[str, list[Span]]:
         """The text of a chat and its trained spans, in characters. Raises: ModelError that names the row."""
+        roles = _plain_roles(sample)
+        frame = self._frames.get(roles)
+        if frame is not None:
+            text, turns = frame.lay(sample.messages)
+            return text, [(start, self._end(text, start, end)) for start, end in turns] if find_spans else []
+        rendered = self._render(sample, find_spans=find_spans)
+        if roles and roles not in self._frames and len(self._frames) < MAX_FRAMES and self._lays_out:
+            self._frames[roles] = self._find_frame(sample, roles)
+        return rendered
+
+    def _find_frame(self, sample: Sample, roles: Roles) -> Frame | None:
+        """The frame of a sample's roles, if there is one."""
+        if self._bare_prompt:
+            return None
+        with suppress(ModelError):  # of fewer messages than the sample has
+            return find_frame(lambda messages, prompt: self._text(sample, messages, prompt=prompt), roles)
+        return None
+
+    def _render(self, sample: Sample, *, find_spans: bool) -> tuple[str, list[Span]]:
         text = self._text(sample, sample.messages)
         if not find_spans:
             return text, []
@@ -136,6 +172,10 @@ class Template:
         return "".join(compiled.root_render_func(context))
 
     @cached_property
+    def _lays_out(self) -> bool:
+        return lays_contents_out(self._compiled[0].environment, self.source)
+
+    @cached_property
     def _compiled(self) -> tuple[Any, dict[str, object]]:
         from jinja2.runtime import LoopContext
         from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -143,7 +183,13 @@ class Template:
         environment = _compile_jinja_template(self.source).environment.overlay()
         environment.getattr = partial(_attribute, environment.getattr, LoopContext)
         compiled = environment.from_string(self.source)
-        return compiled, {**compiled.globals, "tools": None, "documents": None, **self.special_tokens}
+        return compiled, {
+            **compiled.globals,
+            "strftime_now": TODAY.strftime,
+            "tools": None,
+            "documents": None,
+            **self.special_tokens,
+        }
 
     def _full(self, sample: Sample, messages: Sequence[Message], prompt: bool) -> str:
         [text], _ = self._transformers(sample, messages, add_generation_prompt=prompt)
@@ -152,10 +198,16 @@ class Template:
     def _transformers(
         self, sample: Sample, messages: Sequence[Message], **options: bool
     ) -> tuple[list[str], list[list[Span]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
         template = {"chat_template": self.source, "tools": sample.tools, **options, **self.special_tokens}
-        rendered: tuple[list[str], list[list[Span]]] = render_jinja_template([messages], **template)
+        # It takes no functions, and keeps what it compiled for others.
+        names = _compile_jinja_template(self.source).environment.globals
+        today, names["strftime_now"] = names["strftime_now"], TODAY.strftime
+        try:
+            rendered: tuple[list[str], list[list[Span]]] = render_jinja_template([messages], **template)
+        finally:
+            names["strftime_now"] = today
         return rendered
 
     def _guarded(self, work: Callable[[], T], sample: Sample) -> T:
@@ -179,6 +231,16 @@ def _attribute(sandboxed: Callable[[object, str], object], loop: type, owner: ob
     if type(owner) is loop and name in ("first", "last", "index", "index0"):
         return getattr(owner, name)
     return sandboxed(owner, name)
+
+
+def _plain_roles(sample: Sample) -> Roles:
+    """The roles of a chat that has nothing but contents, none of them blank; else none."""
+    if sample.tools:
+        return ()
+    for message in sample.messages:
+        if len(message) != 2 or not message["content"] or message["content"].isspace():
+            return ()
+    return tuple([message["role"] for message in sample.messages])
 
 
 def _replaced(messages: Sequence[Message], turn: int, content: str) -> list[Message]:

@@ -71,7 +71,7 @@ class Recipe:
 
 def identity(renderer: Renderer, config: Config) -> dict[str, Any]:
     """Tokenizer, template, settings and versions, as plain JSON."""
-    template = renderer.template.source if renderer.template else ""
+    template = renderer.template.identity if renderer.template else ""
     return {
         "format": FORMAT,
         "tokenizer": renderer.fingerprint,

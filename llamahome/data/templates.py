@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from llamahome.data.encoding import Encoded, Encoder, Rendered
-from llamahome.data.masks import Template
+from llamahome.data.masks import TODAY, Template
 from llamahome.data.schemas import PAIRS, Sample
 from llamahome.errors import ConfigError, ModelError
 
@@ -50,6 +50,8 @@ class Renderer:
         self._encoder = Encoder(backend, bos, eos, self._train_all)
         self.fingerprint = hashlib.sha256("\0".join(identity).encode()).hexdigest()
         self._said_plain = False
+        if self.template and self.template.is_dated:
+            logger.info("%s: the chat template writes the date; training sees %s", self.name, TODAY)
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
         """Tokens and trained marks of samples, in their order. Raises: ModelError that names the row."""

@@ -253,6 +253,20 @@ def test_tools_reach_the_template(base):
     assert tokenizer.decode(encoded.ids[encoded.trained].tolist()) == "a<|im_end|>"
 
 
+@pytest.mark.parametrize("marks", ["{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}"])
+def test_tokens_do_not_depend_on_the_day(base, marks, monkeypatch):
+    """They are kept for other days, and a preparation may be stopped at midnight."""
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
+    source = "{{ messages | length }}{{ strftime_now('%d %b %Y') }} {% for m in messages %}" + marks + "{% endfor %}"
+    tokenizer = with_template(base, source)
+    named = chat("q", "a")
+    named.messages[0]["name"] = "Ann"  # another way through transformers
+    for sample in (chat("q", "a"), named):
+        [item] = Renderer(tokenizer, data_settings(train_on="all")).render([sample])
+        assert item.text == "226 Jul 2024 qa"
+    assert Renderer(tokenizer, data_settings()).template.identity != source
+
+
 # Text, and tokenizers without a template
 
 
