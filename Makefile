@@ -10,7 +10,7 @@ RUN_OPTIONS = $(if $(MODEL),--model "$(MODEL)") $(if $(OUTPUT),--output "$(OUTPU
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train train-resume train-eval test test-slow lint format types bench wheel clean
+.PHONY: help setup train train-resume train-eval test test-slow lint format types kernels bench wheel clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '%-14s%s\n' "$$name" "$$text"; done
@@ -45,6 +45,9 @@ format: setup  ## Mend style and format in place
 
 types: setup  ## Check the types
 	@$(BIN)/mypy
+
+kernels: setup  ## Compile every GPU kernel, without a GPU, and hold it to its limits [ARGS=--update]
+	@$(BIN)/python benchmarks/kernels_static.py $(ARGS)
 
 bench: setup  ## Run the benchmarks, short [ARGS=]
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" --quick $(ARGS) || exit 1; done
