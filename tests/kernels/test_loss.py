@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from llamahome.kernels.loss import chunk_rows_for
 from torch.nn import functional as F
 
 from llamahome.kernels import linear_cross_entropy, linear_cross_entropy_reference, token_statistics
+from llamahome.kernels.loss import chunk_rows_for
 
 
 def _inputs(rows=37, size=12, vocabulary=53, dtype=torch.float64):
@@ -88,3 +90,72 @@ def test_chunks_keep_their_logits_small(vocabulary):
     rows = chunk_rows_for(vocabulary)
     assert 128 <= rows <= 4096
     assert rows == 128 or rows * vocabulary * 4 <= 64 << 20
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_z_loss_adds_the_squared_normaliser(reduction):
+    hidden, weight, bias, labels = _inputs()
+    labels[::4] = -100
+    options = {"bias": bias, "reduction": reduction, "softcap": 4.0, "label_smoothing": 0.1}
+    results = []
+    for function in (linear_cross_entropy, linear_cross_entropy_reference):
+        loss = function(hidden, weight, labels, z_loss=0.03, **options)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight, bias))))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+    kept = labels != -100
+    logits = 4.0 * torch.tanh((hidden @ weight.T + bias)[kept] / 4.0)
+    squares = logits.logsumexp(-1).square()
+    added = results[0][0] - linear_cross_entropy(hidden, weight, labels, **options)
+    torch.testing.assert_close(added, 0.03 * (squares.sum() if reduction == "sum" else squares.mean()))
+
+
+@pytest.mark.parametrize("gap", [20.0, 50.0, 80.0])
+def test_a_label_that_is_all_but_certain_keeps_its_loss_and_gradient(gap):
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[gap], [0.0], [0.0]])
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([0]))
+    loss.backward()
+    torch.testing.assert_close(loss.double(), torch.tensor(2 * math.exp(-gap)).double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        hidden.grad.double(), torch.tensor([[-2 * gap * math.exp(-gap)]]).double(), rtol=1e-5, atol=0
+    )
+
+
+def test_a_vocabulary_of_one_costs_nothing():
+    hidden = torch.randn(3, 4, requires_grad=True)
+    loss = linear_cross_entropy(hidden, torch.randn(1, 4), torch.zeros(3, dtype=torch.int64))
+    loss.backward()
+    assert loss == 0
+    assert not hidden.grad.any()
+
+
+def test_a_label_outside_the_vocabulary_is_refused():
+    hidden, weight, _, labels = _inputs(rows=4)
+    labels[2] = weight.shape[0]
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        linear_cross_entropy(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_compiled_is_one_graph_and_equal_to_eager(ignored):
+    hidden, weight, bias, labels = _inputs()
+    if ignored:
+        labels[::3] = -100
+
+    def function(hidden, weight, bias):
+        return linear_cross_entropy(hidden * 2, weight, labels, bias=bias, label_smoothing=0.1)
+
+    results = []
+    for form in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        loss = form(hidden, weight, bias)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight, bias))))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
+
+
+def test_a_second_derivative_is_refused():
+    hidden, weight, _, labels = _inputs(rows=4)
+    (grad,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        grad.sum().backward()
