@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llamahome.kernels.attention_dense import dense_backward, prefers_dense
 from llamahome.kernels.launch import use_triton
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -174,9 +175,12 @@ def _gradients(
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for rows, keys, mask in _pieces(q, cu_seqlens, window):
         parts = _heads_first(grad[rows], q[rows], k[keys], v[keys], out[rows])
-        # The kernel wants the log-sum-exp with the heads innermost, as its own forward returns it.
-        lse_s = lse[:, rows].t().contiguous().t().unsqueeze(0)
-        dq_s, dk_s, dv_s = _flash_backward(*parts, lse_s, 0.0, mask is None, attn_mask=mask, scale=scale)
+        if mask is None and prefers_dense(q[rows]):
+            dq_s, dk_s, dv_s = (part[None] for part in dense_backward(*(part[0] for part in parts[:4]), scale))
+        else:
+            # The kernel wants the log-sum-exp with the heads innermost, as its own forward returns it.
+            lse_s = lse[:, rows].t().contiguous().t().unsqueeze(0)
+            dq_s, dk_s, dv_s = _flash_backward(*parts, lse_s, 0.0, mask is None, attn_mask=mask, scale=scale)
         dq[rows] = dq_s[0].transpose(0, 1)
         dk[keys] += dk_s[0].transpose(0, 1)
         dv[keys] += dv_s[0].transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Linear layers with LoRA adapters (arXiv 2106.09685) whose backward keeps little: compositions with their own autograd.
+"""Linear layers with LoRA adapters (arXiv 2106.09685) whose backward keeps little, by autograd functions of their own.
 
 Projections over one input form a group: the input is normalised once, multiplied once by the group's A matrices laid
 one upon the other (rank R in all), and kept once. The norm's output, and the MLP's product, are made again in backward
@@ -72,9 +72,7 @@ def lora_mlp_reference(
 
 def lora_linear(x: Tensor, lora: LoraWeights, residual: Tensor | None = None) -> Tensor:
     """x [T, K] -> [T, N], plus `residual` [T, N] where given. Saves x and x @ a.T. Differentiable once."""
-    tensors, options = _flatten([lora], x)
-    y: Tensor = _Linear.apply(x, residual, options, *tensors)  # type: ignore[no-untyped-call]
-    return y
+    return _linear(x, residual, *_flatten([lora], x))
 
 
 def norm_lora_linears(x: Tensor, norm: NormWeights | None, loras: Sequence[LoraWeights]) -> tuple[Tensor, ...]:
@@ -82,10 +80,8 @@ def norm_lora_linears(x: Tensor, norm: NormWeights | None, loras: Sequence[LoraW
 
     Saves x, the norm's 1 / rms per row, and x @ [a, ...].T. Differentiable once.
     """
-    tensors, options = _flatten(loras, x)
     weight, eps, offset = norm or (None, 0.0, 0.0)
-    out: tuple[Tensor, ...] = _NormLinears.apply(x, weight, eps, offset, options, *tensors)  # type: ignore[no-untyped-call]
-    return out
+    return _norm_linears(x, weight, eps, offset, *_flatten(loras, x))
 
 
 def lora_mlp(
@@ -102,19 +98,36 @@ def lora_mlp(
 
     Saves x, the norm's 1 / rms per row, gate's and up's outputs, and what each adapter's A made. Differentiable once.
     """
-    tensors, options = _flatten([*gates, down], x)
     weight, eps, offset = norm or (None, 0.0, 0.0)
     flags = (eps, offset, activation, residual, recompute)
-    y: Tensor = _Mlp.apply(x, weight, flags, options, *tensors)  # type: ignore[no-untyped-call]
+    return _mlp(x, weight, flags, *_flatten([*gates, down], x))
+
+
+# What is no tensor of a group: the projections' scalings, their dropout probabilities, and the products' dtype.
+_Options = tuple[tuple[float, ...], tuple[float, ...], torch.dtype]
+_Tensors = tuple[Tensor | None, ...]
+
+
+def _linear(x: Tensor, residual: Tensor | None, options: _Options, tensors: _Tensors) -> Tensor:
+    y: Tensor = _Linear.apply(x, residual, options, *tensors)  # type: ignore[no-untyped-call]
     return y
 
 
-class _Options(NamedTuple):
-    """What is no tensor of a group of projections."""
+def _norm_linears(
+    x: Tensor, norm: Tensor | None, eps: float, offset: float, options: _Options, tensors: _Tensors
+) -> tuple[Tensor, ...]:
+    outs: tuple[Tensor, ...] = _NormLinears.apply(x, norm, eps, offset, options, *tensors)  # type: ignore[no-untyped-call]
+    return outs
 
-    scalings: tuple[float, ...]
-    dropouts: tuple[float, ...]
-    dtype: torch.dtype
+
+def _mlp(x: Tensor, norm: Tensor | None, flags: Any, options: _Options, tensors: _Tensors) -> Tensor:
+    y: Tensor = _Mlp.apply(x, norm, flags, options, *tensors)  # type: ignore[no-untyped-call]
+    return y
+
+
+# For torch.compiler.allow_in_graph: dynamo's own tracing of autograd functions fails on them (torch 2.13), while
+# AOTAutograd, which then traces them by running them, sees forward and backward as they are.
+TRACED_BY_RUNNING = (_linear, _norm_linears, _mlp)
 
 
 class _Linear(torch.autograd.Function):
@@ -123,7 +136,7 @@ class _Linear(torch.autograd.Function):
         ctx, x: Tensor, residual: Tensor | None, options: _Options, *tensors: Tensor | None,  # noqa: ANN001
     ) -> Tensor:  # fmt: skip
         loras = _unflatten(tensors, options)
-        (out,), xa, masks = _project(x.to(options.dtype), loras, residual)
+        (out,), xa, masks = _project(x.to(options[2]), loras, residual)
         ctx.save_for_backward(x, xa, *tensors, *masks)
         ctx.options, ctx.residual_dtype = options, None if residual is None else residual.dtype
         return out
@@ -132,7 +145,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out: Tensor):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
         (x, xa), loras, masks = _saved(ctx, 2)
-        y, d_low = x.to(ctx.options.dtype), d_out.to(ctx.options.dtype)
+        y, d_low = x.to(ctx.options[2]), d_out.to(ctx.options[2])
         d_x, grads = _project_backward([d_low], y, xa, loras, masks, ctx.needs_input_grad[3:], ctx.needs_input_grad[0])
         d_residual = d_out.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None
         return None if d_x is None else d_x.to(x.dtype), d_residual, None, *grads
@@ -145,7 +158,7 @@ class _NormLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         loras = _unflatten(tensors, options)
         y, rstd = _normalised(x, norm, eps, offset)
-        outs, xa, masks = _project(y.to(options.dtype), loras)
+        outs, xa, masks = _project(y.to(options[2]), loras)
         ctx.save_for_backward(x, norm, rstd, xa, *tensors, *masks)
         ctx.options, ctx.offset = options, offset
         return tuple(outs)
@@ -156,9 +169,9 @@ class _NormLinears(torch.autograd.Function):
         (x, norm, rstd, xa), loras, masks = _saved(ctx, 4)
         need_x, need_norm = ctx.needs_input_grad[:2]
         y = x if norm is None else rms_norm_apply(x, norm, rstd, ctx.offset)
-        d_low = [d_out.to(ctx.options.dtype) for d_out in d_outs]
+        d_low = [d_out.to(ctx.options[2]) for d_out in d_outs]
         d_y, grads = _project_backward(
-            d_low, y.to(ctx.options.dtype), xa, loras, masks, ctx.needs_input_grad[5:], need_x or need_norm
+            d_low, y.to(ctx.options[2]), xa, loras, masks, ctx.needs_input_grad[5:], need_x or need_norm
         )
         d_x, d_norm = _norm_backward(d_y, x, norm, rstd, ctx.offset, need_norm, None)
         return d_x, d_norm, None, None, None, *grads
@@ -172,7 +185,7 @@ class _Mlp(torch.autograd.Function):
         eps, offset, activation, residual, recompute = flags
         *gates, down = _unflatten(tensors, options)
         y, rstd = _normalised(x, norm, eps, offset)
-        outs, xa, masks = _project(y.to(options.dtype), gates)
+        outs, xa, masks = _project(y.to(options[2]), gates)
         h = gated_forward(*_halves(outs), activation)
         (out,), xa_down, mask_down = _project(h, [down], x if residual else None)
         ctx.count = 0 if recompute else len(outs)
@@ -186,7 +199,7 @@ class _Mlp(torch.autograd.Function):
         (x, norm, rstd, xa, xa_down, *outs), loras, masks = _saved(ctx, 5 + ctx.count)
         _, offset, activation, residual, _ = ctx.flags
         need_x, need_norm = ctx.needs_input_grad[:2]
-        needs, dtype = ctx.needs_input_grad[4:], ctx.options.dtype
+        needs, dtype = ctx.needs_input_grad[4:], ctx.options[2]
         *gates, down = loras
         y = (x if norm is None else rms_norm_apply(x, norm, rstd, offset)).to(dtype)
         if not outs:
@@ -205,25 +218,26 @@ class _Mlp(torch.autograd.Function):
         return d_x, d_norm, None, None, *grads, *grads_down
 
 
-def _flatten(loras: Sequence[LoraWeights], x: Tensor) -> tuple[list[Tensor | None], _Options]:
+def _flatten(loras: Sequence[LoraWeights], x: Tensor) -> tuple[_Options, _Tensors]:
     """The tensors of a group in a row, as autograd wants them, and the rest."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    tensors = [tensor for lora in loras for tensor in lora[:4]]
-    return tensors, _Options(tuple(lora.scaling for lora in loras), tuple(lora.dropout for lora in loras), dtype)
+    scalings, dropouts = tuple(lora.scaling for lora in loras), tuple(lora.dropout for lora in loras)
+    return (scalings, dropouts, dtype), tuple(tensor for lora in loras for tensor in lora[:4])
 
 
 def _unflatten(tensors: Sequence[Tensor | None], options: _Options) -> list[LoraWeights]:
     """The group again, its tensors in the dtype of the products."""
-    low = [None if tensor is None else tensor.to(options.dtype) for tensor in tensors]
-    rest = enumerate(zip(options.scalings, options.dropouts, strict=True))
-    return [LoraWeights(*low[4 * i : 4 * i + 4], *numbers) for i, numbers in rest]  # type: ignore[arg-type]
+    scalings, dropouts, dtype = options
+    low: list[Any] = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    count = len(scalings)
+    return [LoraWeights._make((*low[4 * i : 4 * i + 4], scalings[i], dropouts[i])) for i in range(count)]
 
 
 def _saved(ctx: Any, count: int) -> tuple[tuple[Tensor, ...], list[LoraWeights], list[Tensor | None]]:
     """The first `count` saved tensors, the group, and a dropout mask or None for each of its projections."""
     tensors = ctx.saved_tensors
-    end = count + 4 * len(ctx.options.scalings)
+    end = count + 4 * len(ctx.options[0])
     loras = _unflatten(tensors[count:end], ctx.options)
     drawn = iter(tensors[end:])
     return tensors[:count], loras, [next(drawn) if _drops(lora) else None for lora in loras]
@@ -255,7 +269,8 @@ def _norm_backward(
     if norm is None:
         d_x = d_y.to(x.dtype)
         return (d_x if d_residual is None else d_x + d_residual), None
-    return rms_norm_backward(d_y, x, norm, rstd, offset, need_weight, d_residual)
+    grads: tuple[Tensor, Tensor | None] = rms_norm_backward(d_y, x, norm, rstd, offset, need_weight, d_residual)
+    return grads
 
 
 def _project(
@@ -281,7 +296,7 @@ def _project(
 
 def _outputs(y: Tensor, xa: Tensor | None, loras: list[LoraWeights], residual: Tensor | None = None) -> list[Tensor]:
     """Each projection of y, the A matrices' products given; `residual` is added in the product's own accumulator."""
-    parts = iter(() if xa is None else xa.split([lora.rank for lora in loras if lora.a is not None], -1))
+    parts = iter(() if xa is None else torch.split(xa, [lora.rank for lora in loras if lora.a is not None], -1))
     outs = []
     for lora in loras:
         if residual is not None and residual.dtype == y.dtype and lora.bias is None:
@@ -316,7 +331,7 @@ def _input_gradient(d_outs: list[Tensor], loras: list[LoraWeights], masks: list[
     if all(mask is None for mask in masks):
         return torch.addmm(total, d_xa, _stacked([lora for lora in loras if lora.a is not None]))
     adapted = [(lora, mask) for lora, mask in zip(loras, masks, strict=True) if lora.a is not None]
-    for part, (lora, mask) in zip(d_xa.split([lora.rank for lora, _ in adapted], -1), adapted, strict=True):
+    for part, (lora, mask) in zip(torch.split(d_xa, [lora.rank for lora, _ in adapted], -1), adapted, strict=True):
         total = total + _undropped(part @ lora.a, mask, lora.dropout)  # type: ignore[operator]
     return total
 
@@ -328,7 +343,7 @@ def _weight_gradients(
     """Gradients of weight, bias, a and b of each projection; None where none is needed."""
     ranks = [lora.rank for lora in loras if lora.a is not None]
     d_as = iter(_a_gradients(d_outs, y, loras, masks) if any(needs[2::4]) else [None] * len(ranks))
-    parts = iter(() if xa is None else xa.split(ranks, -1))
+    parts = iter(() if xa is None else torch.split(xa, ranks, -1))
     grads: list[Tensor | None] = []
     for i, (d_out, lora) in enumerate(zip(d_outs, loras, strict=True)):
         need_weight, need_bias, need_a, need_b = needs[4 * i : 4 * i + 4]
@@ -350,8 +365,8 @@ def _a_gradients(
     adapted = [(lora, mask) for lora, mask in zip(loras, masks, strict=True) if lora.a is not None]
     ranks = [lora.rank for lora, _ in adapted]
     if all(mask is None for mask in masks):
-        return (d_xa.T @ y).split(ranks)
-    split = zip(d_xa.split(ranks, -1), adapted, strict=True)
+        return torch.split(d_xa.T @ y, ranks)
+    split = zip(torch.split(d_xa, ranks, -1), adapted, strict=True)
     return [part.T @ _undropped(y, mask, lora.dropout) for part, (lora, mask) in split]
 
 

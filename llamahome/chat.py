@@ -70,8 +70,9 @@ def open_conversation(
     """
     from llamahome.model.load import load_trained
     from llamahome.training.checkpoint import model_folder
+    from llamahome.training.host import set_threads
     from llamahome.training.precision import resolve_precision
-    from llamahome.training.setup import resolve_device, set_threads
+    from llamahome.training.setup import resolve_device
 
     device = resolve_device(config)
     set_threads(config)

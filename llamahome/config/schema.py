@@ -172,8 +172,9 @@ class ProcessingSettings(Section):
         default="auto", description="Recompute activations in the backward pass; auto does so only if memory is short."
     )
     compile_mode: Literal["none", "auto", "default", "reduce-overhead", "max-autotune"] = Field(
-        default="auto", description="torch.compile mode; auto compiles where the run is long enough to earn it back."
+        default="auto", description="torch.compile mode; auto compiles where a measured trial says that it pays."
     )
+    fuse: bool = Field(default=True, description="Run decoder layers by fused operations that keep less for backward.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="Type of the computation; auto chooses what mixed_precision allows."
     )

@@ -63,7 +63,8 @@ def evaluate(model: str | Path, data: str | Path, config: Config | None = None) 
     Raises: ModelError, DataError, ConfigError.
     """
     from llamahome.config import Config
-    from llamahome.training.setup import load_trained_model, prepare_evaluation, resolve_device, set_threads
+    from llamahome.training.host import set_threads
+    from llamahome.training.setup import load_trained_model, prepare_evaluation, resolve_device
 
     config = config or Config.load()
     device = resolve_device(config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from llamahome.model import attention
 from llamahome.model.adapters import apply_adapter, enable_checkpointing, trainable_parameters, without_input_casts
 from llamahome.model.checks import check_model_folder
 from llamahome.model.compile import compile_layers
+from llamahome.model.fuse import fuse
 from llamahome.model.load import (
     ModelSource,
     load_model,
@@ -41,6 +41,7 @@ from llamahome.monitor.resources import ResourceMonitor
 from llamahome.monitor.tracker import PerformanceTracker, measure_matmul_peak, training_flops
 from llamahome.training import checkpoint as checkpoints
 from llamahome.training.checkpoint import TrainingState
+from llamahome.training.host import keep_freed_memory, set_threads, use_compile_cache
 from llamahome.training.loop import TrainingLoop
 from llamahome.training.objective import Objective, build_objective, flat_row
 from llamahome.training.optim import build_optimizer, build_scheduler
@@ -88,13 +89,16 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
     config = settled(config, state)
     precision = resolve_precision(config, device)
     state.threads = set_threads(config, state.threads)
+    allocator = keep_freed_memory()
+    use_compile_cache(config)
     governor = _governor(config, architecture, prepared, state, precision, device)
     model = load_for_training(config, source, device, precision, checkpointing=governor.plan.gradient_checkpointing)
+    fused = fuse(model).summary() if config.processing.fuse else "none"
     objective = build_objective(model, config.training.loss, chunk_rows=loss_rows(config))
     batches = build_batches(config, prepared, state.samples_per_step, objective)
     mode = compile_layers(
         objective.causal, config.processing.compile_mode, tokens=_tokens_to_train(prepared, state),
-        trial=lambda: _try_once(objective, precision),
+        trial=lambda tokens: _try_once(objective, precision, tokens),
     )  # fmt: skip
     state.choices = {
         "processing.precision": precision.name,
@@ -131,6 +135,8 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
         "attention": objective.causal.config._attn_implementation,
         "compile_mode": mode,
         "threads": state.threads,
+        "allocator": allocator,
+        "fused": fused,
         "total_steps": state.total_steps,
         "samples_per_step": state.samples_per_step,
         "trainable_parameters": trained,
@@ -215,12 +221,13 @@ def _governor(
         return governor
 
 
-def _try_once(objective: Objective, precision: Precision) -> None:
-    """Forward and backward over a few tokens; no gradient is left."""
+def _try_once(objective: Objective, precision: Precision, tokens: int) -> None:
+    """Forward and backward over some tokens in two samples; no gradient is left."""
     model = objective.model.train()
+    ids = [5 + i % 7 for i in range(tokens)]
     with without_input_casts(model, precision.lowers):
         with precision.autocast():
-            loss = objective(flat_row([[5, 6, 7, 8, 9], [9, 8, 7]]))
+            loss = objective(flat_row([ids[: tokens // 2], ids[tokens // 2 :]]))
         loss.backward()  # type: ignore[no-untyped-call]
     model.zero_grad(set_to_none=True)
 
@@ -276,17 +283,6 @@ def resolve_device(config: Config) -> torch.device:
             raise MissingError(f"{asked} asked for, {count} CUDA devices found", where="processing.device",
                                fix="set processing.device: auto")  # fmt: skip
     return torch.device(asked)
-
-
-def set_threads(config: Config, stored: int = 0) -> int:
-    """Set torch's threads: the number asked for, that of the checkpoint, or one per usable core."""
-    asked = config.processing.threads
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = asked if isinstance(asked, int) else stored or cores
-    if stored and threads != stored:
-        logger.warning("%d threads instead of the checkpoint's %d: equal to rounding, not to the bit", threads, stored)
-    torch.set_num_threads(threads)
-    return threads
 
 
 def check_best_metric(config: Config, metrics: Iterable[str]) -> None:

@@ -46,16 +46,16 @@ def test_a_layer_has_no_graph_break(objective):
 @pytest.mark.slow
 def test_inductor_gives_the_same_numbers(objective):
     expected = _loss_and_gradient(objective, SAMPLES)
-    assert compile_layers(objective.causal, "default", tokens=0, trial=lambda: None) == "default"
+    assert compile_layers(objective.causal, "default", tokens=0, trial=lambda tokens: None) == "default"
     torch.testing.assert_close(_loss_and_gradient(objective, SAMPLES), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_auto_does_not_compile_a_short_run(objective):
-    assert compile_layers(objective.causal, "auto", tokens=1000, trial=lambda: None) == "none"
+    assert compile_layers(objective.causal, "auto", tokens=1000, trial=lambda tokens: None) == "none"
     assert all(layer._compiled_call_impl is None for layer in decoder_layers(objective.causal))
 
 
 def test_a_mode_for_gpus_is_replaced_on_a_cpu(objective, caplog):
     caplog.set_level(logging.INFO, "llamahome")
-    assert compile_layers(objective.causal, "reduce-overhead", tokens=0, trial=lambda: None) == "default"
+    assert compile_layers(objective.causal, "reduce-overhead", tokens=0, trial=lambda tokens: None) == "default"
     assert "reduce-overhead is for GPUs" in caplog.text

@@ -1,0 +1,52 @@
+"""What a run sets in its own process before it begins: threads, the C library's allocator, the compiler's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+
+import torch
+
+from llamahome.config import Config
+from llamahome.data.cache import cache_folder
+
+logger = logging.getLogger(__name__)
+
+# Parameters of glibc's mallopt(3).
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 1 << 30
+
+
+def set_threads(config: Config, stored: int = 0) -> int:
+    """Set torch's threads: the number asked for, that of the checkpoint, or one per usable core."""
+    asked = config.processing.threads
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = asked if isinstance(asked, int) else stored or cores
+    if stored and threads != stored:
+        logger.warning("%d threads instead of the checkpoint's %d: equal to rounding, not to the bit", threads, stored)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def keep_freed_memory() -> str:
+    """Let glibc keep what a step frees for the next one; says what was set.
+
+    By default it gives every tensor of a few MiB back to the kernel at once, and each new one is faulted in page by
+    page: backward of attention over 230 tokens took twice the time. `llamahome.memory.oom.free_memory` still returns
+    all of it where memory is short.
+    """
+    if not sys.platform.startswith("linux"):
+        return "the system's"
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # musl
+        return "the system's"
+    done = mallopt(_TRIM_THRESHOLD, _KEPT_BYTES) and mallopt(_MMAP_THRESHOLD, _KEPT_BYTES)
+    return f"glibc, {_KEPT_BYTES >> 20} MiB kept" if done else "the system's"
+
+
+def use_compile_cache(config: Config) -> None:
+    """Keep compiled code in the cache folder, where the next run finds it; $TORCHINDUCTOR_CACHE_DIR comes first."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(config) / "compiled"))
