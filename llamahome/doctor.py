@@ -49,7 +49,7 @@ def examine(config: Config) -> list[Finding]:
     return findings + [_extra(*extra) for extra in _EXTRAS]
 
 
-def report(findings: list[Finding]) -> list[str]:
+def report_lines(findings: list[Finding]) -> list[str]:
     """A line for each finding, aligned, what to type behind it."""
     width = max(len(finding.name) for finding in findings)
     marks = {"good": "ok ", "optional": "-  ", "bad": "BAD"}

@@ -8,7 +8,7 @@ import pytest
 
 from llamahome import doctor
 from llamahome.config import Config
-from llamahome.doctor import Finding, examine, report
+from llamahome.doctor import Finding, examine, report_lines
 
 
 def found(config: Config, name: str) -> Finding:
@@ -68,5 +68,5 @@ def test_every_extra_is_one_of_the_package() -> None:
 
 
 def test_each_finding_is_a_line() -> None:
-    lines = report([Finding("a", "good", "x"), Finding("long", "bad", "y", "do z")])
+    lines = report_lines([Finding("a", "good", "x"), Finding("long", "bad", "y", "do z")])
     assert lines == ["ok  a     x", "BAD long  y; do z"]

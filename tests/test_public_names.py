@@ -23,6 +23,7 @@ COMMANDS = {
     "llamahome merge": {"ADAPTER", "--output", "--model", "--dtype", *SETTINGS},
     "llamahome chat": {"MODEL", "--prompt", "--system", "--max-new-tokens", "--temperature", "--model", *SETTINGS},
     "llamahome doctor": {"--json", *SETTINGS},
+    "llamahome report": {"RUNS", "--output"},
     "llamahome data": set(),
     "llamahome data check": {"PATH", "--model", "--json", *SETTINGS},
     "llamahome data prepare": {"PATH", "--output", "--eval-data", "--shard", "--model", *SETTINGS},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -50,19 +51,29 @@ def _show(text: str) -> None:
 
 
 @click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="The page [default: report.html in the first run].")
+def report(runs: tuple[Path, ...], output: Path | None) -> None:
+    """One page about RUNS (folders), finished or not: curves, memory, events, settings. Several are compared."""
+    from llamahome.monitor.report import write_report
+
+    print_line(str(write_report(runs, output)))
+
+
+@click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @settings
 def doctor(as_json: bool, **given: Any) -> None:
     """What this machine has, what is missing, and what to type. Exit code 9 when runs cannot work."""
     from dataclasses import asdict
 
-    from llamahome.doctor import examine, report
+    from llamahome.doctor import examine, report_lines
 
     findings = examine(load_config(given))
     if as_json:
         print_line(json.dumps({finding.name: asdict(finding) for finding in findings}))
     else:
-        for line in report(findings):
+        for line in report_lines(findings):
             print_line(line)
     if any(finding.state == "bad" for finding in findings):
         raise click.exceptions.Exit(9)

@@ -17,6 +17,7 @@ from llamahome.memory.oom import is_oom
 from llamahome.model.export import save_model
 from llamahome.monitor.metrics import StepRecord
 from llamahome.monitor.progress import Progress
+from llamahome.monitor.report import write_report
 from llamahome.monitor.sinks import MetricSink, build_sinks
 from llamahome.training import checkpoint as checkpoints
 from llamahome.training.callbacks import Callback, call_all, load_callbacks
@@ -290,3 +291,7 @@ def _close(run: Run) -> None:
     if run.view:
         run.view.finish()
     run.parts.prepared.close()
+    try:
+        write_report([run.folder.path])
+    except LlamaHomeError as error:  # the run's end is decided; a full disk must not hide it
+        logger.warning("no report: %s", error)

@@ -18,12 +18,13 @@ from typing import IO, Any, Literal
 
 from llamahome.errors import CheckpointError, StorageError, UsageError
 from llamahome.files import is_leftover, remove_leftovers, storage_errors, write_json
+from llamahome.monitor.report import REPORT_FILE
 from llamahome.monitor.sinks import METRICS_FILE
 
 State = Literal["running", "done", "stopped", "failed"]
 STATUS_FILE = "status.json"
 # What a run leaves that ended before its first checkpoint.
-_UNFINISHED = {".lock", STATUS_FILE, "run.json", METRICS_FILE, "tensorboard"}
+_UNFINISHED = {".lock", STATUS_FILE, "run.json", METRICS_FILE, REPORT_FILE, "tensorboard"}
 _PACKAGES = ("llamahome", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
 
 
