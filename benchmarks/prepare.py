@@ -2,24 +2,28 @@
 
     python benchmarks/prepare.py                        # the embedded SmolLM2's tokenizer on built-in text
     python benchmarks/prepare.py --model M --data F     # any model folder and JSON Lines file of `messages`
+    python benchmarks/prepare.py --data F --gigabytes 2 # one large file: peak memory, first and last rate
 
-Ours reads, checks, renders, tokenises, marks what is trained and writes a checksummed store; `datasets.map` reads,
-renders, tokenises (the faster of one process and one per core) and writes Arrow, with no marks; the bare call gets
-rendered texts in memory and keeps nothing. Sides take turns; the median counts. `cpu_ratio_tokenizers` compares
-processor time, `steady_ratio` the tokens per processor second of our last quarter with those of the first. The last
-line of stdout is JSON.
+Ours reads, checks, renders, tokenises, marks what is trained and writes a checksummed store. `datasets.map` reads,
+renders, tokenises, marks (the usual way: the prompt is rendered and tokenised, too) and writes Arrow, in one process or
+one per core, whichever is faster; `_unmarked` leaves the marks out. The bare call gets rendered texts in memory and
+keeps nothing. Sides take turns; ratios are medians over the rounds, `cpu_` of processor time. The last line of stdout
+is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
+import resource
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,7 @@ from llamahome.demo import write_demo_data
 from llamahome.model.load import load_tokenizer, resolve_model
 
 BATCH = 1000
+SETTINGS = {"data.max_length": 1 << 20, "data.validation_split": 0.0}
 PACKED_LENGTH = 2048
 
 
@@ -57,33 +62,25 @@ def shuffled(text: str, seed: int) -> str:
     return " ".join(words)
 
 
-def ours(path: Path, tokenizer: Any, folder: Path) -> tuple[int, float]:
-    """Tokens, and how the rate of the last quarter compares with that of the first."""
-    settings = {"data.max_length": 1 << 20, "data.validation_split": 0.0}
-    seen: list[tuple[int, float]] = []
-
-    def show(progress: Progress) -> None:
-        seen.append((progress.tokens, time.process_time()))
-
-    report = prepare_folder(path, tokenizer, folder, config=Config.load(None, settings), show=show)
-    quarter = max(1, (len(seen) - 1) // 4)
-    first, last = rate(seen[: quarter + 1]), rate(seen[-quarter - 1 :])
-    return report.train.tokens, last / first if first else 1.0
+def ours(path: Path, tokenizer: Any, folder: Path) -> int:
+    """Tokens."""
+    return prepare_folder(path, tokenizer, folder, config=Config.load(None, SETTINGS)).train.tokens
 
 
-def rate(seen: list[tuple[int, float]]) -> float:
-    (tokens, began), (more, ended) = seen[0], seen[-1]
-    return (more - tokens) / (ended - began) if ended > began else 0.0
-
-
-def with_datasets(path: Path, tokenizer: Any, folder: Path, processes: int) -> int:
+def with_datasets(path: Path, tokenizer: Any, folder: Path, processes: int, mark: bool) -> int:
     import datasets
 
     datasets.disable_progress_bars()
     rows = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(folder))
 
     def tokenise(batch: dict[str, Any]) -> dict[str, Any]:
-        return {"input_ids": tokenizer.apply_chat_template(batch["messages"], tokenize=True)["input_ids"]}
+        ids = tokenizer.apply_chat_template(batch["messages"], tokenize=True)["input_ids"]
+        if not mark:
+            return {"input_ids": ids}
+        asked = [messages[:-1] for messages in batch["messages"]]
+        prompts = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True)["input_ids"]
+        marks = [[0] * len(one) + [1] * (len(all_) - len(one)) for one, all_ in zip(prompts, ids, strict=True)]
+        return {"input_ids": ids, "completion_mask": marks}
 
     count = processes if processes > 1 else None
     tokens = rows.map(tokenise, batched=True, num_proc=count, remove_columns=["messages"], load_from_cache_file=False)
@@ -113,6 +110,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder, GGUF file or hub id")
     parser.add_argument("--data", type=Path, help="JSON Lines file of messages")
+    parser.add_argument("--copies", type=int, default=10, help="how often the rows are there, with shuffled words")
+    parser.add_argument("--gigabytes", type=float, help="prepare one file of this size, and nothing else")
     parser.add_argument("--json", action="store_true", help="print only the JSON line")
     parser.add_argument("--quick", action="store_true", help="less data, in under a minute")
     args = parser.parse_args()
@@ -124,13 +123,16 @@ def main() -> None:
         source = args.data or folder / "demo.jsonl"
         if args.data is None:
             write_demo_data(source)
-        rows = write_rows(source, folder / "rows.jsonl", 2 if args.quick else 10)
-        figures = compare(folder, tokenizer, 3 if args.quick else 7)
+        rows = write_rows(source, folder / "rows.jsonl", 2 if args.quick else args.copies)
+        if args.gigabytes:
+            figures = large(source, tokenizer, folder, args.gigabytes)
+        else:
+            figures = compare(folder, tokenizer, 3 if args.quick else 7)
     speed, fill = measure_packing(200_000 if args.quick else 2_000_000)
     figures |= {"rows": rows, "packing_docs_per_s": speed, "packing_fill": fill}
     if not args.json:
         for key, value in figures.items():
-            print(f"{key:22} {value:,.4g}")
+            print(f"{key:32} {value:,.4g}")
     print(json.dumps(figures))
 
 
@@ -140,40 +142,77 @@ def compare(folder: Path, tokenizer: Any, rounds: int) -> dict[str, float]:
         chats = [json.loads(line)["messages"] for line in file]
     texts = tokenizer.apply_chat_template(chats, tokenize=False)
     del chats
-    spent: dict[str, list[float]] = {"ours": [], "tokenizers": [], "map": [], "map of many": []}
-    cpu: dict[str, list[float]] = {"ours": [], "tokenizers": []}
-    tokens, steady = 0, []
     cores = len(os.sched_getaffinity(0))
+    sides: dict[str, Callable[[Path], object]] = {
+        "ours": lambda place: ours(path, tokenizer, place),
+        "tokenizers": lambda _: bare(texts, tokenizer),
+        "map": lambda place: with_datasets(path, tokenizer, place, 1, mark=True),
+        "map_processes": lambda place: with_datasets(path, tokenizer, place, cores, mark=True),
+        "map_unmarked": lambda place: with_datasets(path, tokenizer, place, 1, mark=False),
+    }
+    tokens = ours(path, tokenizer, folder / "warm")
+    wall: dict[str, list[float]] = {side: [] for side in sides}
+    cpu: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(rounds):
-        for side, times in spent.items():
-            place = folder / f"{side}-{turn}"
-            start, start_cpu = time.perf_counter(), time.process_time()
-            match side:
-                case "ours":
-                    tokens, ratio = ours(path, tokenizer, place)
-                    steady.append(ratio)
-                case "tokenizers":
-                    bare(texts, tokenizer)
-                case "map":
-                    with_datasets(path, tokenizer, place, 1)
-                case _:
-                    with_datasets(path, tokenizer, place, cores)
-            times.append(time.perf_counter() - start)
-            if side in cpu:
-                cpu[side].append(time.process_time() - start_cpu)
-    median = {side: statistics.median(times) for side, times in spent.items()}
+        for side, work in sides.items():
+            begun, begun_cpu = time.perf_counter(), processor_seconds()
+            work(folder / f"{side}-{turn}")
+            wall[side].append(time.perf_counter() - begun)
+            cpu[side].append(processor_seconds() - begun_cpu)
+            shutil.rmtree(folder / f"{side}-{turn}", ignore_errors=True)
     return {
-        "ratio_tokenizers": median["tokenizers"] / median["ours"],
-        "cpu_ratio_tokenizers": statistics.median(cpu["tokenizers"]) / statistics.median(cpu["ours"]),
-        "steady_ratio": statistics.median(steady),
-        "ratio_datasets_map": min(median["map"], median["map of many"]) / median["ours"],
-        "tokens_per_s": tokens / median["ours"],
-        "seconds_ours": median["ours"],
-        "seconds_tokenizers": median["tokenizers"],
-        "seconds_map": median["map"],
-        "seconds_map_processes": median["map of many"],
+        "ratio_tokenizers": ratio(wall, "tokenizers"),
+        "cpu_ratio_tokenizers": ratio(cpu, "tokenizers"),
+        "ratio_datasets_map": min(ratio(wall, "map"), ratio(wall, "map_processes")),
+        "cpu_ratio_datasets_map": min(ratio(cpu, "map"), ratio(cpu, "map_processes")),
+        "ratio_datasets_map_unmarked": ratio(wall, "map_unmarked"),
+        "cpu_ratio_datasets_map_unmarked": ratio(cpu, "map_unmarked"),
+        "tokens_per_s": tokens / statistics.median(wall["ours"]),
+        **{f"seconds_{side}": statistics.median(times) for side, times in wall.items()},
         "cores": cores,
     }
+
+
+def ratio(spent: dict[str, list[float]], side: str) -> float:
+    return statistics.median(theirs / own for theirs, own in zip(spent[side], spent["ours"], strict=True))
+
+
+def processor_seconds() -> float:
+    """Of this process and of those it has waited for."""
+    return sum(os.times()[:4])
+
+
+def large(source: Path, tokenizer: Any, folder: Path, gigabytes: float) -> dict[str, float]:
+    """One preparation of a large file: peak resident memory, and tokens per processor second of its first and last
+    tenth (at most a gigabyte)."""
+    path = folder / "large.jsonl"
+    write_rows(source, path, math.ceil(gigabytes * 1e9 / source.stat().st_size))
+    seen: list[tuple[float, int, float]] = []
+
+    def show(progress: Progress) -> None:
+        seen.append((progress.done_bytes, progress.tokens, time.process_time()))
+
+    before = peak_bytes()
+    prepare_folder(path, tokenizer, folder / "large", config=Config.load(None, SETTINGS), show=show)
+    size = path.stat().st_size
+    part = min(1e9, size / 10)
+    first = [item for item in seen if item[0] <= part]
+    last = [item for item in seen if item[0] >= size - part]
+    return {
+        "large_gigabytes": size / 1e9,
+        "large_peak_mb": peak_bytes() / 1e6,
+        "large_peak_before_mb": before / 1e6,
+        "large_last_to_first_rate": rate(last) / rate(first),
+        "large_tokens_per_s": seen[-1][1] / (seen[-1][2] - seen[0][2]),
+    }
+
+
+def rate(seen: Sequence[tuple[float, int, float]]) -> float:
+    return (seen[-1][1] - seen[0][1]) / (seen[-1][2] - seen[0][2])
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

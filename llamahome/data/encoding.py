@@ -11,7 +11,6 @@ are not known, take the library's offsets.
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from array import array
@@ -51,11 +50,12 @@ class Rendered(NamedTuple):
 class Encoder:
     """Tokenises rendered samples; may be called by several threads at once."""
 
-    def __init__(self, backend: Any, bos: Sequence[int], eos: Sequence[int], train_all: bool) -> None:
-        """`backend` is a `tokenizers.Tokenizer` without truncation, padding and post-processor."""
+    def __init__(
+        self, backend: Any, spec: Mapping[str, Any], bos: Sequence[int], eos: Sequence[int], *, train_all: bool
+    ) -> None:
+        """`backend` is a `tokenizers.Tokenizer` without truncation, padding and post-processor, `spec` its JSON."""
         self._backend, self._train_all = backend, train_all
         self._bos, self._eos = np.array(bos, np.uint32), np.array(eos, np.uint32)
-        spec = json.loads(backend.to_str())
         self._widths = token_widths(spec)
         self._composes = any(part["type"] == "NFC" for part in _parts(spec, "normalizer"))
 

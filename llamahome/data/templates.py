@@ -6,6 +6,7 @@ The spans of the text that are trained come from `data.masks`, the tokens in the
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,9 +46,10 @@ class Renderer:
         added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         special = dict(tokenizer.special_tokens_map)
         self.template = Template(source, special, added, self.name) if source else None
-        identity = (backend.to_str(), str(source), str(sorted(special.items())), f"{bos} {eos}")
+        spec = backend.to_str()
+        identity = (spec, str(source), str(sorted(special.items())), f"{bos} {eos}")
         backend.post_processor = None  # ByteLevel's would leave spaces out of the tokens' positions
-        self._encoder = Encoder(backend, bos, eos, self._train_all)
+        self._encoder = Encoder(backend, json.loads(spec), bos, eos, train_all=self._train_all)
         self.fingerprint = hashlib.sha256("\0".join(identity).encode()).hexdigest()
         self._said_plain = False
         if self.template and self.template.is_dated:

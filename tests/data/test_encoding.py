@@ -56,6 +56,10 @@ def _only_added(tokenizer: Tokenizer, names: list[str]) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(spec))
 
 
+def encoder_of(tokenizer: Tokenizer, bos: list[int], eos: list[int], *, train_all: bool) -> Encoder:
+    return Encoder(tokenizer, json.loads(tokenizer.to_str()), bos, eos, train_all=train_all)
+
+
 KNOWN = ("gpt2", "qwen", "gemma", "swallows")
 
 
@@ -79,14 +83,14 @@ def test_widths_and_offsets_agree(kind: str, texts: list) -> None:
     tokenizer = train(kind)
     assert token_widths(json.loads(tokenizer.to_str())) is not None
     items = [Rendered(text, spans_of(text, cuts)) for text, cuts in texts]
-    found = Encoder(tokenizer, [], [], train_all=False).encode(items)
+    found = encoder_of(tokenizer, [], [], train_all=False).encode(items)
     assert [(ids.tolist(), trained.tolist()) for ids, trained in found] == [by_offsets(tokenizer, x) for x in items]
 
 
 def test_most_texts_need_no_offsets() -> None:
     """Else the test above would prove nothing about widths."""
     for kind in ("gpt2", "qwen", "gemma"):
-        encoder = Encoder(train(kind), [], [], train_all=False)
+        encoder = encoder_of(train(kind), [], [], train_all=False)
         encoder._backend = FastOnly(train(kind))
         texts = [*WORDS[:2], "Ünïcödé 日本 😀"]
         encoder.encode([Rendered(f"{text}<|end|>{text}", [(3, 9)]) for text in texts])
@@ -121,12 +125,12 @@ def test_no_width_exceeds_the_text_of_a_token() -> None:
 
 
 def test_closed_texts_are_framed() -> None:
-    encoder = Encoder(train("gpt2"), [1], [0], train_all=False)
+    encoder = encoder_of(train("gpt2"), [1], [0], train_all=False)
     [alone, empty] = encoder.encode([Rendered("the fox", [(0, 7)], closed=True), Rendered("", [], closed=True)])
     inner = train("gpt2").encode("the fox").ids
     assert alone.ids.tolist() == [1, *inner, 0]
     assert alone.trained.tolist() == [False] + [True] * (len(inner) + 1)
     assert (empty.ids.tolist(), empty.trained.tolist()) == ([1, 0], [False, True])
-    [everything] = Encoder(train("gpt2"), [1, 1], [], train_all=True).encode([Rendered("the", [], closed=True)])
+    [everything] = encoder_of(train("gpt2"), [1, 1], [], train_all=True).encode([Rendered("the", [], closed=True)])
     assert everything.trained.tolist() == [False] + [True] * (len(everything.ids) - 1)
     assert everything.ids.dtype == np.uint32
