@@ -15,7 +15,7 @@ import click
 from llamahome import __version__
 from llamahome.commands.data import cache, data
 from llamahome.commands.options import base_model, changes, load_config, print_error, print_line, settings
-from llamahome.commands.tools import chat, doctor, report
+from llamahome.commands.tools import chat, doctor, report, watch
 from llamahome.errors import ConfigError, LlamaHomeError
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ cli.add_command(cache)
 cli.add_command(chat)
 cli.add_command(doctor)
 cli.add_command(report)
+cli.add_command(watch)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "llamahome chat": {"MODEL", "--prompt", "--system", "--max-new-tokens", "--temperature", "--model", *SETTINGS},
     "llamahome doctor": {"--json", *SETTINGS},
     "llamahome report": {"RUNS", "--output"},
+    "llamahome watch": {"RUN", "--interval"},
     "llamahome data": set(),
     "llamahome data check": {"PATH", "--model", "--json", *SETTINGS},
     "llamahome data prepare": {"PATH", "--output", "--eval-data", "--shard", "--model", *SETTINGS},

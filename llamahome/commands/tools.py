@@ -61,6 +61,19 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
 
 
 @click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--interval", type=click.IntRange(1), default=10, show_default=True, help="Steps between two plain lines."
+)
+def watch(run: Path, interval: int) -> None:
+    """Look on at the run in the folder RUN, from another terminal. Ctrl-C ends the watching, not the run."""
+    from llamahome.monitor.progress import build_progress, clean
+    from llamahome.watch import watch as watch_run
+
+    print_line(clean(watch_run(run, lambda clock: build_progress(interval, clock=clock))))
+
+
+@click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @settings
 def doctor(as_json: bool, **given: Any) -> None:
