@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llamahome.memory.monitor import MemoryMonitor
     from llamahome.memory.oom import OOMHandler
     from llamahome.memory.plan import plan_memory
+    from llamahome.model.fuse import fuse
     from llamahome.monitor.metrics import MetricsCollector
     from llamahome.monitor.resources import ResourceMonitor
     from llamahome.monitor.tracker import PerformanceTracker
@@ -47,6 +48,7 @@ _HOMES = {
     "TokenStore": "data.store",
     "TrainingLoop": "training.loop",
     "evaluate": "training.evaluate",
+    "fuse": "model.fuse",
     "plan_memory": "memory.plan",
     "prepare": "data.prepare",
     "train": "training.run",
@@ -72,6 +74,7 @@ __all__ = [
     "__version__",
     "errors",
     "evaluate",
+    "fuse",
     "kernels",
     "plan_memory",
     "prepare",

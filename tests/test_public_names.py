@@ -12,7 +12,8 @@ from llamahome.cli import cli
 PUBLIC_NAMES = {
     "BatchProcessor", "Config", "DataManager", "MemoryGovernor", "MemoryMonitor", "MetricsCollector", "MicroBatch",
     "OOMHandler", "PerformanceTracker", "ResourceMonitor", "ResourceRecovery", "StepOrder", "StreamingDataset",
-    "TokenStore", "TrainingLoop", "__version__", "errors", "evaluate", "kernels", "plan_memory", "prepare", "train",
+    "TokenStore", "TrainingLoop", "__version__", "errors", "evaluate", "fuse", "kernels", "plan_memory", "prepare",
+    "train",
 }  # fmt: skip
 SETTINGS = {"--config", "--set", "--trust-remote-code", "--allow-pickle"}
 COMMANDS = {

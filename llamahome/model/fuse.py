@@ -82,12 +82,15 @@ class FuseReport:
         return f"{len(self.swapped)} layers fused" + (f"; not all: {'; '.join(reasons)}" if reasons else "")
 
 
-def fuse(model: Any) -> FuseReport:
+def fuse(model: Any, *, recompute_mlp: bool = False) -> FuseReport:
     """Replace the forward pass of the decoder layers of a transformers model, plain or wrapped by PEFT, in place.
 
     Parameters, their names and the state dict stay. A projection that has no fused path (DoRA, several adapters at
     once, quantized weights) is called as the module that it is, and generation with a key-value cache runs
     transformers' own code. Attention weights cannot be returned from a fused layer. Do it before `torch.compile`.
+
+    recompute_mlp: make the MLP's gate and up products again in backward, which saves 4 bytes of 2-byte types per token
+    and MLP width for 4 operations per weight of the two.
     """
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
     report = FuseReport()
@@ -100,10 +103,16 @@ def fuse(model: Any) -> FuseReport:
             continue
         for part, fault in _unfused_parts(layer, family):
             report.kept[f"{name}.{part}"] = fault
-        layer.forward = MethodType(_forward_of(family), layer)
+        layer.forward = MethodType(_forward_of(family, recompute_mlp), layer)
         report.swapped.append(name)
         report._modules.append(layer)
     return report
+
+
+def knows(model_type: str | None) -> bool:
+    """Whether `fuse` has a forward pass for the layers of a model by the `model_type` in its config.json."""
+    names = {name.removesuffix("DecoderLayer").lower() for name in FAMILIES}
+    return (model_type or "").removesuffix("_text") in names
 
 
 def _misfit(layer: Any) -> str | None:
@@ -156,7 +165,7 @@ def projection(module: Any) -> LoraWeights | None:
     return LoraWeights(base.weight, base.bias, a.weight, b.weight, float(module.scaling[name]), p)
 
 
-def _forward_of(family: Family) -> Callable[..., Tensor]:
+def _forward_of(family: Family, recompute_mlp: bool) -> Callable[..., Tensor]:
     """The forward method of a fused layer."""
 
     def forward(
@@ -172,7 +181,7 @@ def _forward_of(family: Family) -> Callable[..., Tensor]:
         x = hidden_states.flatten(0, 1)
         mixed = _attention(self, family, x, hidden_states.shape, position_embeddings, attention_mask, kwargs)
         x = _output(self, family.post_attention, self.self_attn.o_proj, mixed, x, family)
-        return _mlp(self, family, x).view(hidden_states.shape)
+        return _mlp(self, family, x, recompute_mlp).view(hidden_states.shape)
 
     return forward
 
@@ -249,7 +258,7 @@ def _output(layer: Any, norm: str | None, module: Any, x: Tensor, residual: Tens
     return y if alone else residual + _apply_norm(layer, norm, y, family)
 
 
-def _mlp(layer: Any, family: Family, x: Tensor) -> Tensor:
+def _mlp(layer: Any, family: Family, x: Tensor, recompute: bool) -> Tensor:
     """x + the layer's MLP with its norms."""
     mlp, activation = layer.mlp, _activation(layer.mlp)
     found = [projection(getattr(mlp, name)) for name in (*family.gates, "down_proj")]
@@ -263,7 +272,7 @@ def _mlp(layer: Any, family: Family, x: Tensor) -> Tensor:
         alone = alone and fused
         norm = _norm(getattr(layer, family.pre_mlp or ""), family) if fused else None
         start = x if fused else _apply_norm(layer, family.pre_mlp, x, family)
-        y = lora_mlp(start, norm, known[:-1], known[-1], activation, residual=alone)
+        y = lora_mlp(start, norm, known[:-1], known[-1], activation, residual=alone, recompute=recompute)
     return y if alone else x + _apply_norm(layer, family.post_mlp, y, family)
 
 
