@@ -234,9 +234,12 @@ def dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, end_ptr, T,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, dk_row, scale, group, window,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ) -> None:  # fmt: skip
-    """dK and dV of one key block. Key c is seen by the rows [c, end[c]); one loop, always masked, spills nothing."""
+    """dK, dV or both of one key block. Key c is seen by the rows [c, end[c]).
+
+    One loop, always masked, keeps both accumulators in registers; loops for masked and full spans spilled them.
+    """
     first = tl.program_id(0) * BN
     kv_head = tl.program_id(1)
     c = first + tl.arange(0, BN)
@@ -267,12 +270,16 @@ def dkv_kernel(
         p = tl.exp2(s - lse[None, :])
         p = tl.where((r[None, :] >= c[:, None]) & (r[None, :] < seen_until[:, None]), p, 0.0)
         do = _load(do_ptr, row, head, do_row, do_head, T, BM, D, BD, TMA, True)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        delta = tl.load(delta_ptr + at, mask=r < T, other=0.0)
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-        ds = p * (dp - delta[None, :])
-        if SOFTCAP > 0.0:
-            ds = ds * (1.0 - bent * bent)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    _store(dk_ptr, dk * scale, first, kv_head, dk_row, T, BN, D, BD, TMA)
-    _store(dv_ptr, dv, first, kv_head, dk_row, T, BN, D, BD, TMA)
+        if DV:
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        if DK:
+            delta = tl.load(delta_ptr + at, mask=r < T, other=0.0)
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            ds = p * (dp - delta[None, :])
+            if SOFTCAP > 0.0:
+                ds = ds * (1.0 - bent * bent)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    if DK:
+        _store(dk_ptr, dk * scale, first, kv_head, dk_row, T, BN, D, BD, TMA)
+    if DV:
+        _store(dv_ptr, dv, first, kv_head, dk_row, T, BN, D, BD, TMA)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -10,7 +11,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llamahome.kernels.attention_kernels_triton import dkv_kernel, dq_kernel, forward_kernel, token_bounds_kernel
-from llamahome.kernels.launch import LaunchConfig, aligned, architecture, choose_config, has_tensor_descriptors
+from llamahome.kernels.launch import (
+    LaunchConfig,
+    StaticCase,
+    aligned,
+    architecture,
+    choose_config,
+    default_config,
+    has_tensor_descriptors,
+)
 
 
 def forward(
@@ -31,7 +40,7 @@ def forward(
             window, **_constants(q, window, softcap, tma), **_resources(config),
         )  # fmt: skip
 
-    _launch("attention_forward", q, tma, launch)
+    _launch("attention_forward", _shape_class(q, tma), q, launch)
     return out, lse
 
 
@@ -64,13 +73,15 @@ def backward(
     def launch_dkv(config: LaunchConfig) -> None:
         bm, bn = config.block_m, config.block_n
         inputs = (_tiles(q, bm, tma), _tiles(k, bn, tma), _tiles(v, bn, tma), _tiles(grad, bm, tma))
-        dkv_kernel[triton.cdiv(k.shape[0], bn), k.shape[1]](
-            *inputs, _tiles(dk, bn, tma), _tiles(dv, bn, tma), lse, delta, end, q.shape[0], *_strides(q, k, v, grad),
-            dk.stride(0), *rest, **constants, **_resources(config),
-        )  # fmt: skip
+        for part in _parts("dkv", config):
+            dkv_kernel[triton.cdiv(k.shape[0], bn), k.shape[1]](
+                *inputs, _tiles(dk, bn, tma), _tiles(dv, bn, tma), lse, delta, end, q.shape[0],
+                *_strides(q, k, v, grad), dk.stride(0), *rest, **constants, **part, **_resources(config),
+            )  # fmt: skip
 
-    _launch("attention_dq", q, tma, launch_dq)
-    _launch("attention_dkv", q, tma, launch_dkv)
+    shape = _shape_class(q, tma) + ("_softcap" if softcap else "")
+    _launch("attention_dq", shape, q, launch_dq)
+    _launch("attention_dkv", shape, q, launch_dkv)
     return dq, dk, dv
 
 
@@ -91,15 +102,15 @@ def token_bounds(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     return start, end
 
 
-def _launch(kernel: str, q: Tensor, tma: bool, launch: Any) -> None:
+def _launch(kernel: str, shape: str, q: Tensor, launch: Callable[[LaunchConfig], None]) -> None:
     if q.shape[0]:
         with torch.cuda.device_of(q):
-            launch(choose_config(kernel, _shape_class(q, tma), q.device, launch))
+            launch(choose_config(kernel, shape, q.device, launch))
 
 
 def _shape_class(q: Tensor, tma: bool) -> str:
     access = "fp32_" if q.dtype == torch.float32 else "tma" if tma else "pointers"
-    return f"{access}{_padded(q.shape[2])}"
+    return f"{access}{max(64, _padded(q.shape[2]))}"
 
 
 def _padded(size: int) -> int:
@@ -120,7 +131,9 @@ def _tiles(x: Tensor, rows: int, tma: bool) -> Any:
     """What a kernel takes for x: the tensor itself, or a descriptor of [T, H * D] by tiles of one head."""
     if not tma:
         return x
-    return TensorDescriptor(x, [x.shape[0], x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, x.shape[2]])
+    row = x.shape[1] * x.shape[2]
+    stride = x.stride(0) if x.shape[0] > 1 else row  # that of a single row may be anything
+    return TensorDescriptor(x, [x.shape[0], row], [stride, 1], [rows, x.shape[2]])
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -136,3 +149,79 @@ def _resources(config: LaunchConfig) -> dict[str, int]:
     return {
         "BM": config.block_m, "BN": config.block_n, "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
+
+
+class _Shape(NamedTuple):
+    """A production shape: head size, window, soft-cap, and the architectures that its launches are compiled for."""
+
+    name: str
+    size: int
+    window: bool
+    softcap: float
+    archs: tuple[str, ...]
+
+
+_SHAPES = (
+    _Shape("d64", 64, False, 0.0, ("sm_80", "sm_90")),
+    _Shape("d128", 128, False, 0.0, ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")),
+    _Shape("d96", 96, False, 0.0, ("sm_90",)),
+    _Shape("d128_window_softcap", 128, True, 50.0, ("sm_90",)),
+    _Shape("d256_window_softcap", 256, True, 50.0, ("sm_90",)),
+)
+
+
+def static_cases() -> list[StaticCase]:
+    """What the static gate compiles: bf16, the default tiles of each architecture."""
+    cases: dict[str, StaticCase] = {}
+    for shape in _SHAPES:
+        for arch in shape.archs:
+            for case in _cases(shape, arch):
+                archs = (*cases[case.name].archs, arch) if case.name in cases else (arch,)
+                cases[case.name] = case._replace(archs=archs)
+    return list(cases.values())
+
+
+def _cases(shape: _Shape, arch: str) -> Iterator[StaticCase]:
+    """The launches of one shape on one architecture; equal ones of two architectures have equal names."""
+    tma = has_tensor_descriptors(arch) and shape.size == _padded(shape.size)
+    access = "tma" if tma else "pointers"
+    for kernel, function in (("forward", forward_kernel), ("dq", dq_kernel), ("dkv", dkv_kernel)):
+        class_ = f"{access}{_padded(shape.size)}" + ("_softcap" if shape.softcap else "")
+        config = default_config(f"attention_{kernel}", class_, arch)
+        constants = {
+            "D": shape.size, "BD": _padded(shape.size), "WINDOW": shape.window, "SOFTCAP": shape.softcap, "TMA": tma,
+            "BM": config.block_m, "BN": config.block_n,
+        }  # fmt: skip
+        signature = {name: _type(name, constants) for name in function.arg_names}
+        tiles = f"{access}_{config.block_m}x{config.block_n}_{config.num_stages}"
+        for part in _parts(kernel, config):
+            output = (
+                "dk" if part == {"DK": True, "DV": False} else "dv" if part == {"DK": False, "DV": True} else kernel
+            )
+            yield StaticCase(
+                f"attention_{output}_{shape.name}_{tiles}", function, signature, constants | part, config.num_warps,
+                config.num_stages, (arch,),
+            )  # fmt: skip
+
+
+def _parts(kernel: str, config: LaunchConfig) -> tuple[dict[str, bool], ...]:
+    """The constants of each launch that one call makes."""
+    if kernel != "dkv":
+        return ({},)
+    return ({"DK": True, "DV": False}, {"DK": False, "DV": True}) if config.split else ({"DK": True, "DV": True},)
+
+
+def _type(argument: str, constants: dict[str, Any]) -> str:
+    """The type of a kernel's argument as `ASTSource` takes it; `i32:1` is no multiple of 16."""
+    if argument in ("q_ptr", "k_ptr", "v_ptr", "o_ptr", "do_ptr", "dq_ptr", "dk_ptr", "dv_ptr"):
+        rows = constants["BN" if argument[-5] in "kv" else "BM"]
+        return f"tensordesc<bf16[{rows}, {constants['D']}]>" if constants["TMA"] else "*bf16"
+    if argument in ("lse_ptr", "delta_ptr"):
+        return "*fp32"
+    if argument in ("start_ptr", "end_ptr"):
+        return "*i32"
+    if argument == "scale":
+        return "fp32"
+    if argument in ("group", "window"):
+        return "i32:1"
+    return "constexpr" if argument.isupper() and argument != "T" else "i32"

@@ -25,12 +25,16 @@ INTERPRETER = "interpreter"
 
 
 class LaunchConfig(NamedTuple):
-    """Tiles and resources of one launch: block_m rows by block_n columns (0 where a kernel has one dimension)."""
+    """Tiles and resources of one launch: block_m rows by block_n columns (0 where a kernel has one dimension).
+
+    `split` makes two outputs by two launches, where registers do not hold both.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    split: bool = False
 
 
 class StaticCase(NamedTuple):
@@ -76,8 +80,8 @@ def _gpu_architecture(index: int | None) -> str:
 
 
 def has_tensor_descriptors(arch: str) -> bool:
-    """Whether the hardware copies tiles by descriptor (TMA: sm_90 and later), or the interpreter imitates it."""
-    return arch == INTERPRETER or (arch.startswith("sm_") and int(arch[3:]) >= 90)
+    """Whether tiles are copied by descriptor (TMA): sm_90 and sm_100, and the interpreter imitates it."""
+    return arch == INTERPRETER or _nearest(arch) in _NEWER
 
 
 def is_aligned(x: Tensor) -> bool:
@@ -99,15 +103,62 @@ def aligned(x: Tensor) -> Tensor:
     return x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
-# (kernel, shape class) -> architecture -> the configuration, then what tuning tries besides it. Chosen by compiled
-# code: no spilled register on sm_90 and sm_100, tensor-core instructions of the architecture, shared memory within its
-# limit. None was timed on a GPU.
-_CONFIGS: dict[tuple[str, str], dict[str, tuple[LaunchConfig, ...]]] = {
-    (kernel, f"{access}{size}"): {INTERPRETER: (LaunchConfig(32, 32, 4, 1),)}
-    for kernel in ("attention_forward", "attention_dq", "attention_dkv")
-    for access in ("tma", "pointers", "fp32_")
-    for size in (16, 32, 64, 128, 256)
-}
+_INTERPRETED = LaunchConfig(32, 16, 4, 1)  # small tiles: small inputs meet every edge
+_OLDER = ("sm_80", "sm_86", "sm_89")
+_NEWER = ("sm_90", "sm_100")
+_ALL = (*_OLDER, *_NEWER, "gfx942")
+
+
+def _c(*configs: tuple[int, int, int, int]) -> tuple[LaunchConfig, ...]:
+    return tuple(LaunchConfig(*config) for config in configs)
+
+
+# (kernel, shape class, architectures, the configuration, then what tuning tries besides it). Chosen by compiled code:
+# no spilled register on sm_90 and sm_100, none in a hot loop elsewhere, tensor-core instructions of the architecture,
+# shared memory within its limit. None was timed on a GPU. A class of head sizes is named by its largest.
+_ROWS: tuple[tuple[str, str, tuple[str, ...], tuple[LaunchConfig, ...]], ...] = (
+    ("attention_forward", "tma64", _NEWER, _c((128, 64, 8, 3), (128, 128, 8, 2))),
+    ("attention_forward", "tma128", _NEWER, _c((128, 128, 8, 2), (128, 64, 8, 3))),
+    ("attention_forward", "tma256", _NEWER, _c((128, 64, 8, 2), (128, 32, 8, 2))),
+    ("attention_forward", "pointers64", ("sm_80",), _c((128, 64, 8, 3), (64, 64, 4, 2))),
+    ("attention_forward", "pointers64", _ALL[1:], _c((128, 64, 8, 2), (64, 64, 4, 2))),
+    ("attention_forward", "pointers128", ("sm_80",), _c((128, 64, 8, 3), (64, 64, 4, 2))),
+    ("attention_forward", "pointers128", ("sm_86", "sm_89"), _c((128, 32, 8, 2), (64, 32, 4, 2))),
+    ("attention_forward", "pointers128", _NEWER, _c((128, 64, 8, 2))),
+    ("attention_forward", "pointers128", ("gfx942",), _c((64, 64, 4, 2), (128, 64, 8, 2))),
+    ("attention_forward", "pointers256", _OLDER, _c((64, 32, 8, 2))),
+    ("attention_forward", "pointers256", _NEWER, _c((128, 32, 8, 2))),
+    ("attention_forward", "pointers256", ("gfx942",), _c((64, 32, 4, 1))),
+    ("attention_dq", "tma64", _NEWER, _c((128, 64, 8, 2), (128, 128, 8, 2))),
+    ("attention_dq", "tma128", _NEWER, _c((128, 64, 8, 2), (64, 64, 4, 2))),
+    ("attention_dq", "tma256", _NEWER, _c((128, 32, 8, 2), (64, 32, 8, 2))),
+    ("attention_dq", "pointers64", _OLDER, _c((64, 32, 4, 2), (64, 64, 4, 2))),
+    ("attention_dq", "pointers64", _NEWER, _c((128, 64, 8, 2))),
+    ("attention_dq", "pointers64", ("gfx942",), _c((64, 64, 4, 2), (64, 32, 4, 2))),
+    ("attention_dq", "pointers128", (*_OLDER, "gfx942"), _c((64, 32, 4, 2))),
+    ("attention_dq", "pointers128", _NEWER, _c((64, 64, 4, 2), (128, 32, 8, 2))),
+    ("attention_dq", "pointers256", _OLDER, _c((64, 32, 8, 1))),
+    ("attention_dq", "pointers256", ("sm_90",), _c((64, 32, 8, 2))),
+    ("attention_dq", "pointers256", ("sm_100",), _c((64, 32, 8, 1))),
+    ("attention_dq", "pointers256", ("gfx942",), _c((64, 32, 4, 1))),
+    ("attention_dkv", "tma64", _NEWER, _c((64, 128, 8, 2), (32, 128, 8, 2))),
+    ("attention_dkv", "tma128", _NEWER, _c((64, 128, 8, 2), (32, 128, 8, 2))),
+    ("attention_dkv", "tma128_softcap", _NEWER, _c((32, 128, 8, 2))),
+    ("attention_dkv", "tma256", ("sm_90",), (LaunchConfig(32, 64, 8, 2, split=True),)),
+    ("attention_dkv", "tma256", ("sm_100",), _c((64, 64, 8, 1))),
+    ("attention_dkv", "pointers64", (*_OLDER, "gfx942"), _c((32, 64, 4, 2), (64, 64, 4, 2))),
+    ("attention_dkv", "pointers64", _NEWER, _c((32, 128, 8, 2))),
+    ("attention_dkv", "pointers128", (*_OLDER, "gfx942"), _c((32, 64, 4, 2))),
+    ("attention_dkv", "pointers128", _NEWER, _c((32, 128, 8, 2))),
+    ("attention_dkv", "pointers256", (*_OLDER, "gfx942"), _c((32, 32, 4, 1))),
+    ("attention_dkv", "pointers256", ("sm_90",), (LaunchConfig(32, 64, 8, 2, split=True),)),
+    ("attention_dkv", "pointers256", ("sm_100",), _c((64, 64, 8, 1))),
+    *((f"attention_{kernel}", "fp32_64", _ALL, _c((32, 32, 8, 1))) for kernel in ("forward", "dq", "dkv")),
+    *((f"attention_{kernel}", "fp32_128", _ALL, _c((32, 32, 8, 1))) for kernel in ("forward", "dkv")),
+    ("attention_dq", "fp32_128", _ALL, _c((16, 16, 8, 1))),
+    *((f"attention_{kernel}", "fp32_256", _ALL, _c((16, 16, 8, 1))) for kernel in ("forward", "dq", "dkv")),
+)
+_CONFIGS = {(kernel, shape, arch): configs for kernel, shape, archs, configs in _ROWS for arch in archs}
 
 
 def default_config(kernel: str, shape: str, arch: str) -> LaunchConfig:
@@ -116,12 +167,16 @@ def default_config(kernel: str, shape: str, arch: str) -> LaunchConfig:
 
 
 def _configs(kernel: str, shape: str, arch: str) -> tuple[LaunchConfig, ...]:
-    rows = _CONFIGS[kernel, shape]
-    return rows[arch] if arch in rows else rows[_nearest(arch)]
+    if arch == INTERPRETER:
+        return (_INTERPRETED,)
+    arch = _nearest(arch)
+    return _CONFIGS.get((kernel, shape, arch)) or _CONFIGS[kernel, shape.removesuffix("_softcap"), arch]
 
 
 def _nearest(arch: str) -> str:
     """An architecture of the table whose shared memory and instructions `arch` has too."""
+    if arch in _ALL:
+        return arch
     if arch.startswith("gfx"):
         return "gfx942"
     return "sm_100" if arch in ("sm_101", "sm_103") else "sm_86"
