@@ -14,6 +14,7 @@ import json
 import mmap
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ ROWS, WIDTH = 8, 2048
 VOCAB_SIZE = 49152
 BUDGET = 16384  # tokens of a packed row
 STEP = 256  # documents of a step
+LOOK_AHEAD = 4096  # rows
 HEADER = 4096  # bytes before the tokens of a shard
 LIMIT_SOURCE = Path(__file__).parents[1] / "csrc" / "bench" / "gather_limit.cpp"
 
@@ -162,19 +164,75 @@ def bytes_read() -> int:
     return int(dict(line.split(": ") for line in text.splitlines())["read_bytes"])
 
 
-def cold(folder: Path, items: int) -> dict[str, float]:
-    """Shuffled fixed rows, as a dataset gives them, from a store that is not in memory."""
-    resident = evict(folder / "text" / "shard-00000.tokens")
-    store = TokenStore.open(folder / "text")
-    dataset = StreamingDataset(store, rows="fixed", length=WIDTH, read_ahead=4096)
+def cold(folder: Path, items: int, rounds: int) -> dict[str, float]:
+    """Shuffled rows from a store that is not in memory, and the bare disk in turn; wall clock, medians."""
+    found: list[dict[str, float]] = []
+    for _ in range(rounds):
+        path = folder / "text" / "shard-00000.tokens"
+        found.append({"cold_resident_share": evict(path)} | cold_rows(folder, items))
+        found[-1] |= {"disk_random_mb_per_s": disk(path, items), "disk_sequential_mb_per_s": disk(path, 0)}
+        found[-1] |= larger_than_cache(folder, items)
+        bytes_per_s = found[-1]["cold_mtokens_per_s"] * 2 * found[-1]["read_amplification"]
+        found[-1]["cold_disk_share"] = bytes_per_s / found[-1]["disk_random_mb_per_s"]
+    return {name: statistics.median(one[name] for one in found) for name in found[0]}
+
+
+def cold_rows(folder: Path, items: int) -> dict[str, float]:
+    """Fixed rows as a dataset gives them."""
+    dataset = StreamingDataset(TokenStore.open(folder / "text"), rows="fixed", length=WIDTH, read_ahead=LOOK_AHEAD)
     before, begin = bytes_read(), time.perf_counter()
     count = sum(1 for _, _ in zip(range(items), dataset, strict=False))
     seconds, read = time.perf_counter() - begin, bytes_read() - before
     return {
         "cold_mtokens_per_s": count * WIDTH / seconds / 1e6,
         "read_amplification": read / (count * WIDTH * 2),
-        "cold_resident_share": resident,
     }
+
+
+def larger_than_cache(folder: Path, items: int) -> dict[str, float]:
+    """The same for a store that memory cannot hold: what has been read is dropped behind the reader, which goes round
+    twice and finds nothing of the first round in the second. Without a map, as runs read: mapped pages stay."""
+    path = folder / "text" / "shard-00000.tokens"
+    evict(path)
+    store = TokenStore.open(folder / "text", mapped=False)
+    dataset = StreamingDataset(store, rows="fixed", length=WIDTH, read_ahead=LOOK_AHEAD, shuffle=True)
+    before, begin, count, dropping = bytes_read(), time.perf_counter(), 0, 0.0
+    with path.open("rb") as file:
+        for epoch in range(2):
+            rows = StepOrder(store.num_rows(WIDTH), 1, 42).range(epoch, 0, items)
+            for i, _ in zip(range(len(rows)), dataset, strict=False):
+                if (i + 1) % 1024 == 0 or i + 1 == len(rows):
+                    start = time.perf_counter()
+                    for row in rows[i // 1024 * 1024 : i + 1].tolist():
+                        os.posix_fadvise(file.fileno(), HEADER + row * WIDTH * 2, WIDTH * 2, os.POSIX_FADV_DONTNEED)
+                    dropping += time.perf_counter() - start
+            count += len(rows)
+            dataset.set_epoch(epoch + 1)
+    seconds, read = time.perf_counter() - begin - dropping, bytes_read() - before
+    return {
+        "larger_than_cache_mtokens_per_s": count * WIDTH / seconds / 1e6,
+        "larger_than_cache_amplification": read / (count * WIDTH * 2),
+    }
+
+
+def disk(path: Path, rows: int) -> float:
+    """Megabytes per second of the disk itself: random rows with the same look-ahead, or with rows = 0 in sequence."""
+    evict(path)
+    size, row = path.stat().st_size, WIDTH * 2
+    places = [i * (1 << 20) for i in range(size >> 20)]
+    if rows:
+        places = (np.random.default_rng(2).permutation(size // row - 1)[:rows] * row).tolist()
+        size_of_one = row
+    else:
+        size_of_one = 1 << 20
+    begin, total = time.perf_counter(), 0
+    with path.open("rb", buffering=0) as file:
+        for i, place in enumerate(places):
+            if rows and i % 1024 == 0:
+                for later in places[i + LOOK_AHEAD if i else 0 : i + LOOK_AHEAD + 1024]:
+                    os.posix_fadvise(file.fileno(), later, size_of_one, os.POSIX_FADV_WILLNEED)
+            total += len(os.pread(file.fileno(), size_of_one, place))
+    return total / (time.perf_counter() - begin) / 1e6
 
 
 def first_batch(folder: Path) -> float:
@@ -225,7 +283,7 @@ def measure(folder: Path, quick: bool) -> dict[str, float]:
     result |= {"first_batch_ms": first_batch(folder), "private_mb": private_memory(folder)}
     with TokenStore.open(folder / "chats") as store:
         result |= packing_plan(store) | {"documents": len(store), "tokens": store.num_tokens}
-    return result | cold(folder, 4000 if quick else 40_000)
+    return result | cold(folder, 4000 if quick else 40_000, 3 if quick else 5)
 
 
 def main() -> None:

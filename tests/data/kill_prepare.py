@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -25,9 +26,8 @@ UNIT_BYTES = 1500
 OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
 
 
-def prepare(tokenizer_folder: str, data: Path, folder: Path, kill_at: int = 0) -> None:
+def prepare(tokenizer: Any, data: Path, folder: Path, kill_at: int = 0) -> None:
     """In a process of its own; killed at the file operation number `kill_at`."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     config = Config.load(None, {"data.validation_split": 0.3, "data.num_workers": 1, "data.on_bad_row": "skip"})
     count = 0
 
@@ -43,7 +43,7 @@ def prepare(tokenizer_folder: str, data: Path, folder: Path, kill_at: int = 0) -
     print(f"operations {count}", file=sys.stderr)
 
 
-def attempt(work: tuple[str, Path, Path], chance: random.Random, longest: float) -> bool:
+def attempt(work: tuple[Any, Path, Path], chance: random.Random, longest: float) -> bool:
     """One forked preparation, killed somewhere; whether it got to its end."""
     by_time = chance.random() < 0.5
     child = os.fork()
@@ -71,13 +71,13 @@ def finished_units(folder: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    tokenizer_folder, data, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    tokenizer, data, folder = AutoTokenizer.from_pretrained(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     kills, chance = int(sys.argv[4]), random.Random(int(sys.argv[5]))
     units.MIN_UNIT_BYTES = UNIT_BYTES
     units._UNITS = 1 << 20
     began = time.monotonic()
     if os.fork() == 0:
-        prepare(tokenizer_folder, data, folder / "calm")
+        prepare(tokenizer, data, folder / "calm")
         os._exit(0)
     assert os.wait()[1] == 0
     longest = time.monotonic() - began
@@ -87,7 +87,7 @@ def main() -> None:
     while killed < kills:
         known: dict[str, int] = {}
         disturbed = folder / "disturbed"
-        while not attempt((tokenizer_folder, data, disturbed), chance, longest):
+        while not attempt((tokenizer, data, disturbed), chance, longest):
             killed += 1
             now = finished_units(disturbed)
             assert known.items() <= now.items() or (disturbed / "report.json").exists(), "finished work was lost"
