@@ -217,12 +217,12 @@ def _forward(
     keep = labels != IGNORE_INDEX
     if _runs_triton(hidden, compute) or bool(keep.all()):
         return _chunks(hidden, weight, bias, labels, form, wants, rows, compute)
-    loss, kept, *others = _chunks(hidden[keep], weight, bias, labels[keep], form, wants, rows, compute)
-    if kept is None:
-        return loss, None, *others
-    d_hidden = torch.zeros_like(hidden)
-    d_hidden[keep] = kept
-    return loss, d_hidden, *others
+    loss, d_kept, d_weight, d_bias = _chunks(hidden[keep], weight, bias, labels[keep], form, wants, rows, compute)
+    d_hidden = None
+    if d_kept is not None:
+        d_hidden = torch.zeros_like(hidden)
+        d_hidden[keep] = d_kept
+    return loss, d_hidden, d_weight, d_bias
 
 
 def _chunks(
@@ -259,11 +259,12 @@ def _filled(h: Tensor) -> tuple[Tensor, int]:
 def _cross_entropy(z: Tensor, labels: Tensor, form: _Form, gradient: bool) -> Tensor:
     """The summed loss of z [rows, V] = hidden @ weight.T + bias, which its gradient replaces if it is wanted."""
     if _runs_triton(z, z.dtype):
-        from llamahome.kernels import loss_triton
+        from llamahome.kernels.loss_triton import cross_entropy
 
-        return loss_triton.cross_entropy(z, labels, *form, IGNORE_INDEX, gradient).sum()
+        losses: Tensor = cross_entropy(z, labels, *form, IGNORE_INDEX, gradient)
+        return losses.sum()
     rows = max(1, _BLOCK_BYTES // (4 * z.shape[1]))
-    blocks = zip(z.split(rows), labels.split(rows), strict=True)
+    blocks = zip(torch.split(z, rows), torch.split(labels, rows), strict=True)
     return torch.stack([_block(block, y, form, gradient) for block, y in blocks]).sum()
 
 

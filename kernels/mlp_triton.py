@@ -1,0 +1,171 @@
+"""Triton kernels of the gated unit: one read of e and g, one write of what comes out, in new tensors.
+
+With an absorbed LoRA update the tiles are square and the rank-r products go through the tensor cores while e and g
+are in registers: no pass over [T, f] of its own, and one rounding fewer than adding it first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llamahome.kernels.cases import static_case
+from llamahome.kernels.launch import StaticCase
+from llamahome.kernels.mlp import GatedLora
+from llamahome.kernels.norm_triton import rows_of
+
+_COLUMNS = 2048  # of one row, without LoRA: 128-bit accesses for 128 threads, or AMD's 256
+_SQUARE = 64  # rows and columns of a tile, with LoRA
+_MIN_RANK = 16  # a tensor core's smallest inner dimension: lower ranks are padded by zeros
+
+
+@triton.jit
+def _forward(
+    e_ptr, g_ptr, xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr, h_ptr, rows, size, rank,
+    e_stride, g_stride, xa_gate_stride, xa_up_stride, scaling_gate, scaling_up,
+    GELU: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < size)[None, :]
+    e = tl.load(e_ptr + row[:, None] * e_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + row[:, None] * g_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if RANK:
+        e += _low_rank(xa_gate_ptr, b_gate_ptr, row, column, rows, size, rank, xa_gate_stride, scaling_gate, RANK)
+        g += _low_rank(xa_up_ptr, b_up_ptr, row, column, rows, size, rank, xa_up_stride, scaling_up, RANK)
+    h = e * _gate(e, GELU)[0] * g
+    tl.store(h_ptr + row[:, None] * size + column[None, :], h.to(h_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(
+    dh_ptr, e_ptr, g_ptr, xa_gate_ptr, b_gate_ptr, xa_up_ptr, b_up_ptr, h_ptr, de_ptr, dg_ptr, rows, size, rank,
+    dh_stride, e_stride, g_stride, xa_gate_stride, xa_up_stride, scaling_gate, scaling_up,
+    GELU: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < size)[None, :]
+    dh = tl.load(dh_ptr + row[:, None] * dh_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    e = tl.load(e_ptr + row[:, None] * e_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + row[:, None] * g_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if RANK:
+        e += _low_rank(xa_gate_ptr, b_gate_ptr, row, column, rows, size, rank, xa_gate_stride, scaling_gate, RANK)
+        g += _low_rank(xa_up_ptr, b_up_ptr, row, column, rows, size, rank, xa_up_stride, scaling_up, RANK)
+    open_, bend = _gate(e, GELU)
+    active = e * open_
+    to = row[:, None] * size + column[None, :]
+    tl.store(h_ptr + to, (active * g).to(h_ptr.dtype.element_ty), mask=inside)
+    tl.store(de_ptr + to, (dh * g * (open_ + active * bend)).to(de_ptr.dtype.element_ty), mask=inside)
+    tl.store(dg_ptr + to, (dh * active).to(dg_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gate(e, GELU: tl.constexpr):
+    """(s, s' / s) of activation(e) = e * s(e). GELU's tanh form is e * sigmoid(2u): no tanh, no cancellation."""
+    if GELU:
+        slope = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * e * e)
+        open_ = tl.sigmoid(1.5957691216057308 * e * (1.0 + 0.044715 * e * e))
+        bend = (1.0 - open_) * slope
+    else:
+        open_ = tl.sigmoid(e)
+        bend = 1.0 - open_
+    return open_, bend
+
+
+@triton.jit
+def _low_rank(xa_ptr, b_ptr, row, column, rows, size, rank, xa_stride, scaling, RANK: tl.constexpr):
+    """scaling * xa @ b.T for a tile, in fp32."""
+    r = tl.arange(0, RANK)
+    xa = tl.load(
+        xa_ptr + row[:, None] * xa_stride + r[None, :], mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0
+    )
+    b = tl.load(
+        b_ptr + column[:, None].to(tl.int64) * rank + r[None, :],
+        mask=(column < size)[:, None] & (r < rank)[None, :], other=0.0,
+    )  # fmt: skip
+    return tl.dot(xa, b.to(xa.dtype).T, input_precision="ieee") * tl.cast(scaling, tl.float32)
+
+
+def forward(e: Tensor, g: Tensor, activation: str, lora: GatedLora | None) -> Tensor:
+    """h; see `mlp.gated_forward`."""
+    e_rows, g_rows = rows_of(e), rows_of(g)
+    h = torch.empty(e.shape, dtype=e.dtype, device=e.device)
+    if h.numel():
+        update = _update(lora)
+        grid, shape = _grid(e_rows, update.rank)
+        _forward[grid](
+            e_rows, g_rows, *update.tensors, h, *e_rows.shape, update.rank,
+            e_rows.stride(0), g_rows.stride(0), *update.strides, *update.scalings,
+            GELU=activation == "gelu_tanh", **shape,
+        )  # fmt: skip
+    return h
+
+
+def backward(
+    dh: Tensor, e: Tensor, g: Tensor, activation: str, lora: GatedLora | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(h, de, dg); see `mlp.gated_backward`."""
+    dh_rows, e_rows, g_rows = rows_of(dh), rows_of(e), rows_of(g)
+    h, de, dg = (torch.empty(e.shape, dtype=x.dtype, device=e.device) for x in (e, e, g))
+    if h.numel():
+        update = _update(lora)
+        grid, shape = _grid(e_rows, update.rank)
+        _backward[grid](
+            dh_rows, e_rows, g_rows, *update.tensors, h, de, dg, *e_rows.shape, update.rank,
+            dh_rows.stride(0), e_rows.stride(0), g_rows.stride(0), *update.strides, *update.scalings,
+            GELU=activation == "gelu_tanh", **shape,
+        )  # fmt: skip
+    return h, de, dg
+
+
+class _Update(NamedTuple):
+    """The kernels' arguments for an absorbed LoRA update, or for none."""
+
+    tensors: tuple[Tensor | None, ...] = (None, None, None, None)
+    strides: tuple[int, int] = (0, 0)
+    scalings: tuple[float, float] = (0.0, 0.0)
+    rank: int = 0
+
+
+def _update(lora: GatedLora | None) -> _Update:
+    if lora is None:
+        return _Update()
+    xa_gate, b_gate, xa_up, b_up, *scalings = lora
+    xa_gate, xa_up = rows_of(xa_gate), rows_of(xa_up)
+    return _Update(
+        (xa_gate, b_gate.contiguous(), xa_up, b_up.contiguous()),
+        (xa_gate.stride(0), xa_up.stride(0)), (scalings[0], scalings[1]), b_gate.shape[1],
+    )  # fmt: skip
+
+
+def _grid(e: Tensor, rank: int) -> tuple[tuple[int, int], dict[str, int]]:
+    padded = max(_MIN_RANK, triton.next_power_of_2(rank)) if rank else 0
+    rows, columns = (_SQUARE, _SQUARE) if rank else (1, _COLUMNS)
+    shape = {"RANK": padded, "ROWS": rows, "COLUMNS": columns, "num_warps": 4}
+    return (triton.cdiv(e.shape[0], rows), triton.cdiv(e.shape[1], columns)), shape
+
+
+def static_cases() -> list[StaticCase]:
+    """SwiGLU and GeGLU alone, and SwiGLU with an absorbed LoRA update of rank 16 and 64."""
+    row = {"RANK": 0, "ROWS": 1, "COLUMNS": _COLUMNS}
+    square = {"GELU": False, "ROWS": _SQUARE, "COLUMNS": _SQUARE}
+    sizes = "i32 i32 i32 i32 i32 i32 i32"
+    forward = f"*bf16 *bf16 {{}} *bf16 {sizes} fp32 fp32"
+    backward = f"*bf16 *bf16 *bf16 {{}} *bf16 *bf16 *bf16 i32 {sizes} fp32 fp32"
+    absent, present = "- - - -", "*bf16 *bf16 *bf16 *bf16"
+    return [
+        static_case("swiglu", _forward, forward.format(absent), row | {"GELU": False}, num_warps=4),
+        static_case("geglu", _forward, forward.format(absent), row | {"GELU": True}, num_warps=4),
+        static_case("swiglu_backward", _backward, backward.format(absent), row | {"GELU": False}, num_warps=4),
+        static_case("geglu_backward", _backward, backward.format(absent), row | {"GELU": True}, num_warps=4),
+        *(
+            static_case(f"{name} lora {rank}", kernel, types.format(present), square | {"RANK": rank}, num_warps=4)
+            for rank in (16, 64)
+            for name, kernel, types in (("swiglu", _forward, forward), ("swiglu_backward", _backward, backward))
+        ),
+    ]
