@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from llamahome.errors import MemoryLimitError
+from llamahome.memory.ladder import savings
 from llamahome.memory.monitor import MemoryMonitor, MemoryReading, format_bytes
 from llamahome.memory.oom import free_memory
 from llamahome.memory.plan import MemoryPlan
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 # Tokens beyond which a larger micro-batch is hardly faster. CPU: SmolLM2-135M reached 91 % of its speed at 1,024
 # tokens and all of it at 2,048. GPU: matrix products are compute-bound long before.
 ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384}
+_SURELY = 0.9  # share of a plan that a run is sure to need
 _AIM = 0.95  # share of the limit that a new budget is chosen for
 _RESERVE = 0.02  # share of the host's memory that is left to others under pressure
 _GROW = 1.25  # a budget grows only when so much more would fit
@@ -58,7 +60,8 @@ class MemoryGovernor:
         self._wait = self._out_of_memory = 0
         self._warned = False
         smallest = plan.at(self.smallest)
-        if smallest.live > limit_bytes:  # the tensors are counted exactly, the allocator's share is not
+        # The tensors are counted exactly, the allocator's share is not.
+        if max(smallest.live, _SURELY * smallest.total) > limit_bytes:
             raise self._too_small()
         if smallest.total > limit_bytes:
             logger.warning("a plan of %s for a limit of %s: it may not fit",
@@ -173,12 +176,9 @@ class MemoryGovernor:
         return max(1.0, (peak - self.plan.fixed_bytes) / max(1, x))
 
     def _too_small(self) -> MemoryLimitError:
-        need, fits = self.predict(self.smallest), self._tokens_within(self.limit_bytes)
+        need = self.predict(self.smallest)
         advice = [f"raise training.memory_limit to {format_bytes(1.05 * need)}"]
-        if fits >= _STEP:
-            advice.append(f"set data.max_length to {fits // 16 * 16}")
-        if not self.plan.gradient_checkpointing:
-            advice.append("set processing.gradient_checkpointing: true")
+        advice += savings(self.plan, longest=self._tokens_within(self.limit_bytes), spare=need - self.limit_bytes)
         return MemoryLimitError(
             f"a micro-batch of {self.smallest} tokens needs about {format_bytes(need)}, "
             f"{format_bytes(self.limit_bytes)} may be used",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 
@@ -13,3 +15,13 @@ def trim_gpu_cache(device: torch.device, keep_bytes: int) -> bool:
         return False
     torch.cuda.empty_cache()
     return True
+
+
+def saving_in_host_memory(active: bool, device: str = "cuda") -> AbstractContextManager[object]:
+    """While `active`, what forward keeps for backward lies in the host's memory and comes back when it is wanted.
+
+    Rounding does not change. Each byte crosses the bus twice (`torch.autograd.graph.save_on_cpu`).
+    """
+    if not active:
+        return nullcontext()
+    return torch.autograd.graph.save_on_cpu(pin_memory=device.partition(":")[0] == "cuda")

@@ -1,10 +1,7 @@
-"""Bytes that training will need, by arithmetic on the model's sizes.
+"""Bytes that training will need, by arithmetic on the model's sizes; neither weights nor torch are needed.
 
-Method: the tensors that autograd keeps were counted for layers of eleven shapes (eager PyTorch 2.13, transformers
-5.23, PEFT 0.21, attention that saves q, k, v, output and log-sum-exp), and the coefficients of each size were solved
-for; they come out whole and exact. Symbols: h hidden, f MLP width, a heads x head size, kv key-value heads x head
-size, hq heads, d head size, r rank, e bytes of the compute type. Ungated MLPs, mixtures of experts, QLoRA, QAT,
-compiled and Triton code were not counted: there the same formulas are an estimate.
+What a layer keeps is in `layers`. Ungated MLPs, mixtures of experts, QLoRA, QAT, compiled and Triton code were not
+counted: there the same formulas are an estimate.
 
 The peak of a step is what forward keeps, plus the larger of two that never meet: the buffers of the loss, and what
 backward needs for one layer on top.
@@ -12,10 +9,10 @@ backward needs for one layer on top.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
+from llamahome.memory.layers import Adapter, AdapterSettings, backward_per_token, kept_per_token
 from llamahome.memory.shape import ModelShape, model_shape
 
 Method = Literal["lora", "qlora", "full", "qat"]
@@ -26,34 +23,25 @@ RUNTIME_BYTES = {"cpu": 360 * MIB, "cuda": 500 * MIB}
 _NF4_BYTES = 0.516  # 4 bits, and a doubly quantised scale for each 64 weights
 # What the C library's heap holds on top of live tensors, as a share of activations and loss. Fitted to the resident
 # peaks of 18 runs: glibc 2.36, two depths of SmolLM2-135M and a tiny model, 512 to 8,192 tokens; the plan then comes
-# within 8 % of 15 of them and 20 % of all. Keys: base is trained, 2-byte types, checkpointing.
+# within 8 % of 15 of them and 20 % of all. Keys: fused layers, base is
+# trained, 2-byte types, checkpointing.
 _HEAP_SLACK = {
-    (False, True, False): 0.6, (False, False, False): 1.0, (False, True, True): 2.0, (False, False, True): 3.0,
-    (True, True, False): 0.3, (True, False, False): 0.3, (True, True, True): 1.0, (True, False, True): 1.0,
+    (False, False, True, False): 0.6, (False, False, False, False): 1.0,
+    (False, False, True, True): 2.0, (False, False, False, True): 3.0,
+    (False, True, True, False): 0.3, (False, True, False, False): 0.3,
+    (False, True, True, True): 1.0, (False, True, False, True): 1.0,
+    (True, False, True, False): 0.6, (True, False, False, False): 0.6,
+    (True, False, True, True): 1.0, (True, False, False, True): 1.0,
+    (True, True, True, False): 0.3, (True, True, False, False): 0.3,
+    (True, True, True, True): 1.0, (True, True, False, True): 1.0,
 }  # fmt: skip
 _GPU_SLACK = 0.05  # of the caching allocator; not measured here
-_LOSS_CHUNK_BYTES = 64 * MIB
+_LOSS_CHUNK_BYTES, _GPU_LOSS_CHUNK_BYTES = 64 * MIB, 512 * MIB
+_READER_BYTES = 3 * 24  # three rows of int64 per token, for this step and two read ahead
 _OPTIMIZER_BYTES = {"adamw": 8, "sgd": 0, "adafactor": 0}
-
-
-class AdapterSettings(Protocol):
-    """What of the section `lora` of the configuration counts here."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def dropout(self) -> float: ...
-    @property
-    def target_modules(self) -> str | Sequence[str]: ...
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter's settings without a configuration."""
-
-    rank: int = 16
-    dropout: float = 0.0
-    target_modules: str | Sequence[str] = "all-linear"
+COMPILE_BYTES = 256 * MIB  # graphs and generated code of one decoder layer's two passes; an estimate
+FIXED = ("weights", "adapters", "gradients", "optimizer", "overhead", "gathered", "reader", "compile_scratch")
+PARTS = (*FIXED[:4], "activations", "loss", "allocator", *FIXED[4:])
 
 
 @dataclass(frozen=True)
@@ -62,6 +50,9 @@ class MemoryPlan:
 
     weights: of the base model. adapters: LoRA's weights and their copy in the compute type.
     gradients, optimizer: of what is trained. overhead: the process itself, and copies of weights made in a step.
+    gathered: whole layers that are put together from the ranks' parts. reader: steps read ahead.
+    compile_scratch: what a compiler leaves in the process.
+    quantized_weights: what `weights` would be with QLoRA, for advice.
     `saved_per_token`, `backward_per_token` and the `loss_` values are the rates behind `activations` and `loss`.
     """
 
@@ -79,11 +70,16 @@ class MemoryPlan:
     trained_fraction: float
     gradient_checkpointing: bool
     allocator_share: float
+    quantized_weights: int = 0
+    offload: bool = False
+    gathered: int = 0
+    reader: int = 0
+    compile_scratch: int = 0
 
     @property
     def fixed_bytes(self) -> int:
         """What does not depend on the cut."""
-        return self.weights + self.adapters + self.gradients + self.optimizer + self.overhead
+        return sum(getattr(self, name) for name in FIXED)
 
     @property
     def loss(self) -> int:
@@ -130,54 +126,82 @@ class MemoryPlan:
 
     def to_dict(self) -> dict[str, int | bool]:
         """The parts and their total, for run.json."""
-        parts = ("weights", "adapters", "gradients", "optimizer", "activations", "loss", "allocator", "overhead")
-        rates = ("total", "micro_batch_tokens", "bytes_per_token", "fixed_bytes", "gradient_checkpointing")
-        return {name: getattr(self, name) for name in (*parts, *rates)}
+        rates = ("total", "micro_batch_tokens", "bytes_per_token", "fixed_bytes", "loss_rows", "gradient_checkpointing",
+                 "offload")  # fmt: skip
+        return {name: getattr(self, name) for name in (*PARTS, *rates)}
 
 
 def plan_memory(
     model_config: Any, *, method: Method = "lora", lora: AdapterSettings | None = None, precision: str = "bf16",
     max_length: int = 512, micro_batch_tokens: int | None = None, gradient_checkpointing: bool = False,
     optimizer: str = "adamw", trained_fraction: float = 1.0, loss_chunk: int = 0, device: str = "cpu",
+    fused: bool = False, offload: bool = False, ranks: int = 1, step_tokens: int = 0, compiled: bool = False,
 ) -> MemoryPlan:  # fmt: skip
     """Plan one training step from the model's configuration alone; neither weights nor torch are needed.
 
     Args:
-        model_config: transformers' configuration, or the content of config.json.
+        model_config: transformers' configuration object, or the content of config.json.
+        lora: rank, dropout and target modules; the configuration's section `lora` will do.
         precision: "fp32", or "bf16"/"fp16": autocast over frozen weights of that type; trained weights are fp32.
         max_length: tokens of the longest sample; the micro-batch where `micro_batch_tokens` is not given.
         trained_fraction: share of the tokens whose logits are needed; 1 is safe.
         loss_chunk: rows of logits that exist at a time; 0 chooses by the vocabulary as the loss kernel does.
+        fused: the layers are `llamahome.model.fuse`'s, which keep less.
+        offload: a GPU's kept activations lie in host memory until backward wants them.
+        ranks: processes that share weights, gradients and optimizer (FSDP2); the result is one rank's.
+        step_tokens: tokens of the largest step, for what is read ahead.
+        compiled: layers go through torch.compile.
 
     Raises: ModelError for a configuration that is not a decoder's.
     """
     shape, adapter = model_shape(model_config), lora or Adapter()
     low, trains_base = precision != "fp32", method in ("full", "qat")
     element = 2 if low else 4
-    parameters = shape.linear_parameters + shape.other_parameters
     adapters = 0 if trains_base else _adapter_parameters(shape, adapter)
-    trained = parameters if trains_base else adapters
-    layer = _full_layer(shape, low) if trains_base else _lora_layer(shape, adapter, low)
+    trained = shape.linear_parameters + shape.other_parameters if trains_base else adapters
+    layer = kept_per_token(shape, adapter, low=low, trains_base=trains_base, fused=fused)
     entry = shape.hidden * (2 if low and not trains_base else 4)
-    kept = shape.layers * (entry if gradient_checkpointing else layer)
-    backward = _backward(shape, low, trains_base)
-    copies = _weight_copies(shape, low, method) // (shape.layers if gradient_checkpointing else 1)
+    kept = entry if gradient_checkpointing else layer
+    kept *= (
+        min(2, shape.layers) if offload else shape.layers
+    )  # one layer's is on its way out while the next is computed
+    copies = _weight_copies(shape, low, method, fused) // (shape.layers if gradient_checkpointing and not fused else 1)
+    cpu = device.partition(":")[0] == "cpu"
     return MemoryPlan(
-        weights=_weights(shape, method, element),
-        adapters=adapters * (4 + (2 if low else 0)),
-        gradients=4 * trained,
-        optimizer=_OPTIMIZER_BYTES.get(optimizer, 8) * trained,
-        overhead=RUNTIME_BYTES[device.partition(":")[0]] + copies,
+        weights=_weights(shape, method, element) // ranks,
+        adapters=adapters * (4 + (2 if low else 0)) // ranks,
+        gradients=4 * trained // ranks,
+        optimizer=_OPTIMIZER_BYTES.get(optimizer, 8) * trained // ranks,
+        overhead=RUNTIME_BYTES["cpu" if cpu else "cuda"] + copies,
         micro_batch_tokens=micro_batch_tokens or max_length,
         saved_per_token=kept + _ends(shape, low, trains_base, trained_fraction),
-        backward_per_token=backward + (layer - entry if gradient_checkpointing else 0),
-        loss_row_bytes=shape.vocabulary * (10 if low else 8),
-        loss_rows=loss_chunk or max(128, min(4096, _LOSS_CHUNK_BYTES // (4 * shape.vocabulary) // 64 * 64)),
-        loss_constant=shape.vocabulary * shape.hidden * (10 if low else 8) if trains_base else 0,
+        backward_per_token=backward_per_token(shape, low=low, trains_base=trains_base, fused=fused)
+        + (layer - entry if gradient_checkpointing else 0),
+        loss_row_bytes=shape.vocabulary * 2 * element,  # two chunks for a moment
+        loss_rows=loss_chunk or default_loss_rows(shape.vocabulary, device),
+        loss_constant=shape.vocabulary * shape.hidden * (4 if low else 8) if trains_base else 0,
         trained_fraction=trained_fraction,
         gradient_checkpointing=gradient_checkpointing,
-        allocator_share=_HEAP_SLACK[trains_base, low, gradient_checkpointing] if device == "cpu" else _GPU_SLACK,
+        allocator_share=_HEAP_SLACK[fused, trains_base, low, gradient_checkpointing] if cpu else _GPU_SLACK,
+        quantized_weights=_weights(shape, "qlora", element) // ranks,
+        offload=offload,
+        gathered=_gathered(shape, method, element) if ranks > 1 else 0,
+        reader=_READER_BYTES * step_tokens,
+        compile_scratch=COMPILE_BYTES if compiled else 0,
     )
+
+
+def default_loss_rows(vocabulary: int, device: str = "cpu") -> int:
+    """Rows of logits that the loss kernel makes at a time when nothing is asked for."""
+    if device.partition(":")[0] == "cpu":
+        return max(128, min(4096, _LOSS_CHUNK_BYTES // (4 * vocabulary) // 64 * 64))
+    return max(1024, min(4096, _GPU_LOSS_CHUNK_BYTES // (2 * vocabulary) // 256 * 256))
+
+
+def _gathered(shape: ModelShape, method: Method, element: int) -> int:
+    """FSDP2 holds the weights of the layer at work and of the next one whole; the embeddings are one such unit."""
+    layer = _weights(shape, method, element) - shape.other_parameters * (2 if method == "qlora" else element)
+    return 2 * max(layer // shape.layers, shape.vocabulary * shape.hidden * element)
 
 
 def _adapter_parameters(shape: ModelShape, adapter: AdapterSettings) -> int:
@@ -192,11 +216,11 @@ def _weights(shape: ModelShape, method: Method, element: int) -> int:
     return (shape.linear_parameters + shape.other_parameters) * (4 if method in ("full", "qat") else element)
 
 
-def _weight_copies(shape: ModelShape, low: bool, method: Method) -> int:
+def _weight_copies(shape: ModelShape, low: bool, method: Method, fused: bool) -> int:
     """Copies of the layers' weights that forward makes and backward still needs.
 
-    Autocast casts trained weights to 2 bytes; fake quantisation makes one copy more; QLoRA unpacks one weight at a
-    time. A trained weight's new gradient exists beside the sum of the earlier ones.
+    Autocast casts trained weights to 2 bytes, fused layers one at a time; fake quantisation makes one copy more; QLoRA
+    unpacks one weight at a time. A trained weight's new gradient exists beside the sum of the earlier ones.
     """
     element = 2 if low else 4
     match method:
@@ -205,37 +229,10 @@ def _weight_copies(shape: ModelShape, low: bool, method: Method) -> int:
         case "qlora":
             return 2 * shape.hidden * shape.mlp
         case "full":
-            return (2 * shape.linear_parameters if low else 0) + 4 * shape.largest_weight
+            cast = (2 * shape.hidden * shape.mlp if fused else 2 * shape.linear_parameters) if low else 0
+            return cast + 4 * shape.largest_weight
         case "qat":
             return ((2 if low else 0) + element) * shape.linear_parameters + 4 * shape.largest_weight
-
-
-def _lora_layer(shape: ModelShape, adapter: AdapterSettings, low: bool) -> int:
-    """Bytes that one layer keeps per token, adapters in fp32 on frozen weights.
-
-    All linear layers adapted: 18h + 8f + 6a + 4kv + 14r + 4hq + 8 in bf16, 16h + 16f + 8a + 8kv + 28r + 4hq + 8 in
-    fp32. In bf16 each adapter keeps its own copy of its input, in fp32 those with one input share it; dropout keeps
-    a mask of 4 bytes and, in fp32, an input of its own.
-    """
-    h, f, a, kv = shape.hidden, shape.mlp, shape.attention, shape.key_value
-    targets = shape.targets(adapter.target_modules)
-    inputs = {name: shape.projections[name][0] for name in targets}
-    ranks = len(targets) * adapter.rank
-    if low:
-        kept = 8 * h + 6 * f + 4 * a + 4 * kv + 2 * ranks + 2 * sum(inputs.values())
-    else:
-        groups = {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}
-        shared = 4 * h * sum(not group.isdisjoint(inputs) for group in groups)
-        own = 4 * sum(inputs.values()) if adapter.dropout else shared + 4 * inputs.get("down_proj", 0)
-        kept = 8 * h + 12 * f + 8 * a + 8 * kv + 4 * ranks + own
-    return kept + (4 * sum(inputs.values()) if adapter.dropout else 0) + 4 * shape.heads + 8
-
-
-def _full_layer(shape: ModelShape, low: bool) -> int:
-    """Bytes that one layer keeps per token when its weights are trained in fp32."""
-    h, f, a, kv = shape.hidden, shape.mlp, shape.attention, shape.key_value
-    rates = 26 * h + 8 * f + 4 * a + 4 * kv if low else 24 * h + 16 * f + 8 * a + 8 * kv
-    return rates + 4 * shape.heads + 8
 
 
 def _ends(shape: ModelShape, low: bool, trains_base: bool, trained_fraction: float) -> int:
@@ -243,11 +240,3 @@ def _ends(shape: ModelShape, low: bool, trains_base: bool, trained_fraction: flo
     element = 2 if low and not trains_base else 4
     states = (12 if trains_base else 8) * shape.hidden + 2 * element * shape.head_dim
     return states + round(2 * element * shape.hidden * trained_fraction)
-
-
-def _backward(shape: ModelShape, low: bool, trains_base: bool) -> int:
-    """Temporaries of backward per token, on top of what was kept: at the MLP's product or at a norm."""
-    h, f = shape.hidden, shape.mlp
-    if trains_base:
-        return max(20 * h, 4 * f if low else 8 * f)
-    return max(6 * h + 6 * f, 22 * h) if low else max(4 * h + 8 * f, 24 * h)

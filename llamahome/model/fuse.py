@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -103,10 +104,21 @@ def fuse(model: Any, *, recompute_mlp: bool = False) -> FuseReport:
             continue
         for part, fault in _unfused_parts(layer, family):
             report.kept[f"{name}.{part}"] = fault
-        layer.forward = MethodType(_forward_of(family, recompute_mlp), layer)
+        layer.forward = MethodType(_checkpointed(_forward_of(family, recompute_mlp)), layer)
         report.swapped.append(name)
         report._modules.append(layer)
     return report
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers checkpoints a layer in its class's `forward`, which a layer's own hides."""
+
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            return layer._gradient_checkpointing_func(partial(forward, layer, **kwargs), *args)
+        return forward(layer, *args, **kwargs)
+
+    return call
 
 
 def knows(model_type: str | None) -> bool:

@@ -18,16 +18,17 @@ from llamahome.data.dataset import StepOrder
 from llamahome.data.prepare import Prepared, prepare
 from llamahome.data.report import unpack_place
 from llamahome.data.store import TokenStore
-from llamahome.errors import ConfigError, MemoryLimitError, MissingError, ModelError, UsageError
+from llamahome.errors import ConfigError, MissingError, ModelError, UsageError
 from llamahome.memory.governor import MemoryGovernor
+from llamahome.memory.ladder import Rung, climb, rungs
 from llamahome.memory.monitor import MemoryMonitor, format_bytes, resolve_limit
-from llamahome.memory.plan import plan_memory
+from llamahome.memory.plan import MemoryPlan, plan_memory
 from llamahome.memory.shape import ModelShape, model_shape
 from llamahome.model import attention
 from llamahome.model.adapters import apply_adapter, enable_checkpointing, trainable_parameters, without_input_casts
 from llamahome.model.checks import check_model_folder
 from llamahome.model.compile import compile_layers
-from llamahome.model.fuse import fuse
+from llamahome.model.fuse import fuse, knows
 from llamahome.model.load import (
     ModelSource,
     load_model,
@@ -94,7 +95,7 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
     governor = _governor(config, architecture, prepared, state, precision, device)
     model = load_for_training(config, source, device, precision, checkpointing=governor.plan.gradient_checkpointing)
     fused = fuse(model).summary() if config.processing.fuse else "none"
-    objective = build_objective(model, config.training.loss, chunk_rows=loss_rows(config))
+    objective = build_objective(model, config.training.loss, chunk_rows=governor.plan.loss_rows)
     batches = build_batches(config, prepared, state.samples_per_step, objective)
     mode = compile_layers(
         objective.causal, config.processing.compile_mode, tokens=_tokens_to_train(prepared, state),
@@ -104,6 +105,7 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
         "processing.precision": precision.name,
         "processing.compile_mode": mode,
         "processing.gradient_checkpointing": governor.plan.gradient_checkpointing,
+        "processing.loss_chunk": governor.plan.loss_rows,
     }
     trained = sum(parameter.numel() for _, parameter in trainable_parameters(model))
     optimizer = build_optimizer(model, config.optimization)
@@ -188,7 +190,7 @@ def _governor(
     config: Config, architecture: dict[str, Any], prepared: Prepared, state: TrainingState, precision: Precision,
     device: torch.device,
 ) -> MemoryGovernor:  # fmt: skip
-    """The memory plan, with activation checkpointing where `auto` finds that it does not fit without.
+    """The memory plan, with smaller loss chunks and then activation checkpointing where it does not fit without.
 
     Raises: MemoryLimitError when nothing fits.
     """
@@ -198,27 +200,23 @@ def _governor(
     longest = int(lengths.max())
     step_tokens = max(longest, int(np.sort(lengths)[-state.samples_per_step :].sum()))
 
-    def build(checkpointing: bool) -> MemoryGovernor:
-        plan = plan_memory(
+    def plan(rung: Rung) -> MemoryPlan:
+        return plan_memory(
             architecture, method=config.training.method, lora=config.lora, precision=precision.name,
-            max_length=longest, gradient_checkpointing=checkpointing, optimizer=config.optimization.optimizer,
-            loss_chunk=loss_rows(config), device=device.type,
-            trained_fraction=prepared.train.num_trained / prepared.train.num_tokens,
+            max_length=longest, optimizer=config.optimization.optimizer, device=device.type,
+            trained_fraction=prepared.train.num_trained / prepared.train.num_tokens, step_tokens=step_tokens,
+            fused=config.processing.fuse and knows(architecture.get("model_type")), **vars(rung),
         )  # fmt: skip
-        governor = MemoryGovernor(limit, plan, monitor, longest_sample=longest, step_tokens=step_tokens)
-        if state.plan:
-            governor.load_state_dict(state.plan)
-        return governor
 
-    asked = config.processing.gradient_checkpointing
-    if asked != "auto":
-        return build(bool(asked))
-    try:
-        return build(False)
-    except MemoryLimitError:
-        governor = build(True)
-        logger.info("memory is short: processing.gradient_checkpointing is on")
-        return governor
+    ladder = rungs(
+        model_shape(architecture).vocabulary, loss_chunk=loss_rows(config), device=device.type,
+        checkpointing=config.processing.gradient_checkpointing,
+    )  # fmt: skip
+    chosen = climb(list(ladder), plan, limit_bytes=limit, longest_sample=longest)
+    governor = MemoryGovernor(limit, chosen, monitor, longest_sample=longest, step_tokens=step_tokens)
+    if state.plan:
+        governor.load_state_dict(state.plan)
+    return governor
 
 
 def _try_once(objective: Objective, precision: Precision, tokens: int) -> None:
