@@ -10,7 +10,6 @@ Shapes: T tokens, Hq query heads, Hk key and value heads (Hq a multiple of Hk), 
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Iterator
 from itertools import pairwise
@@ -25,6 +24,7 @@ from llamahome.kernels.launch import use_triton
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_HAS_VARLEN_ATTN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
 _DEVICES = ("cpu", "cuda")
 _MIN_ROWS = 128  # of a block under a sliding window: shorter ones cost more calls than they save work
 
@@ -47,7 +47,7 @@ def varlen_attention_reference(
             scores = softcap * torch.tanh(scores / softcap)
         visible = _visible(0, end - start, window, q.device)
         scores = scores.masked_fill(~visible, float("-inf"))
-        out.append((scores.float().softmax(-1).to(v.dtype) @ v_s).transpose(0, 1))
+        out.append((scores.to(_lse_dtype(q)).softmax(-1).to(v.dtype) @ v_s).transpose(0, 1))
     tail = q.shape[0] - int(cu_seqlens[-1])
     if tail:
         out.append(q.new_zeros(tail, *q.shape[1:]))
@@ -95,14 +95,9 @@ def prefers_library(q: Tensor, cu_seqlens: Tensor, window: int, softcap: float) 
         and q.shape[2] % 8 == 0
         and q.shape[2] <= 256
         and q.shape[0] >= 1024 * (cu_seqlens.shape[0] - 1)
-        and _has_varlen_attn()
+        and _HAS_VARLEN_ATTN
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
     )
-
-
-@functools.cache
-def _has_varlen_attn() -> bool:
-    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 def _library_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:

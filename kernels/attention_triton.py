@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llamahome.kernels.attention_kernels_triton import dkv_kernel, dq_kernel, forward_kernel, token_bounds_kernel
 from llamahome.kernels.launch import (
+    INTERPRETER,
     LaunchConfig,
     StaticCase,
     aligned,
@@ -118,10 +119,15 @@ def _padded(size: int) -> int:
 
 
 def _by_descriptor(*tensors: Tensor) -> bool:
-    """Whether tiles come by tensor descriptor: hardware that has them, D a power of two, heads side by side."""
+    """Whether tiles come by tensor descriptor: hardware that has them, D a power of two, heads side by side.
+
+    Not in fp32, whose exact products by-pass the tensor cores: from descriptors they spill.
+    """
     size = tensors[0].shape[2]
+    arch = architecture(tensors[0].device)
     return (
-        has_tensor_descriptors(architecture(tensors[0].device))
+        has_tensor_descriptors(arch)
+        and (tensors[0].element_size() == 2 or arch == INTERPRETER)
         and size == _padded(size)
         and all(x.stride(1) == size or x.shape[1] == 1 for x in tensors)
     )

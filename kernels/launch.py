@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llamahome import files
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 ALIGNMENT = 16  # bytes: what a 128-bit load, an asynchronous copy and a tensor descriptor need
 INTERPRETER = "interpreter"
 
@@ -57,13 +58,8 @@ class StaticCase(NamedTuple):
 def use_triton(x: Tensor) -> bool:
     """Whether operations on x run Triton kernels: on a GPU, or on a CPU under TRITON_INTERPRET=1."""
     if x.device.type == "cuda":
-        return _has_triton()
-    return x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+        return _HAS_TRITON
+    return x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and _HAS_TRITON
 
 
 def architecture(device: torch.device) -> str:
@@ -103,7 +99,7 @@ def aligned(x: Tensor) -> Tensor:
     return x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
-_INTERPRETED = LaunchConfig(32, 16, 4, 1)  # small tiles: small inputs meet every edge
+_INTERPRETED = LaunchConfig(32, 32, 4, 1)  # small tiles: small inputs meet every edge
 _OLDER = ("sm_80", "sm_86", "sm_89")
 _NEWER = ("sm_90", "sm_100")
 _ALL = (*_OLDER, *_NEWER, "gfx942")
