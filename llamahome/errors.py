@@ -88,8 +88,11 @@ class MissingError(LlamaHomeError):
 
 
 class Interrupted(LlamaHomeError):  # noqa: N818  (a decision, not a fault)
-    """Stopped by a signal after the state was saved; exit code 128 + signal number."""
+    """Stopped by a signal after the state was saved, or before there was any; exit code 128 + signal number."""
 
-    def __init__(self, signum: int = SIGINT, *, where: str = "") -> None:
-        super().__init__("stopped by a signal, state saved", where=where, fix="continue with train-resume")
+    def __init__(
+        self, signum: int = SIGINT, *, what: str = "stopped by a signal, state saved", where: str = "",
+        fix: str = "continue with train-resume",
+    ) -> None:  # fmt: skip
+        super().__init__(what, where=where, fix=fix)
         self.exit_code = 128 + int(signum)

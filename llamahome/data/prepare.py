@@ -13,6 +13,7 @@ from llamahome.data.cache import Cache, Entry, folder_bytes, temporary_entry
 from llamahome.data.encoding import Encoded
 from llamahome.data.formats import WHOLE
 from llamahome.data.hashes import HashWriter, count_repeated, count_shared, hash_sample
+from llamahome.data.interrupt import stop_at_once
 from llamahome.data.journal import Part, fill
 from llamahome.data.pipeline import Pipeline
 from llamahome.data.prepared import (
@@ -56,19 +57,21 @@ def prepare(
 
     `data.validation_split` of the samples, chosen by their content, go to `validation`; with `eval_data` those are
     it instead. `vocab_size` is the model's. `output` is a folder to fill instead of the cache.
-    Raises: DataError, ModelError (tokenizer, template), ConfigError, StorageError.
+    Raises: DataError, ModelError (tokenizer, template), ConfigError, StorageError; Interrupted by a signal whose
+    handler would wait for the end of a step.
     """
     config = config or _defaults()
     renderer = Renderer(tokenizer, config.data)
-    if output is not None:
-        fill(Path(output), Recipe.create(data, eval_data, renderer, config), (1, 1), log_progress())
-        prepared = open_folder(Path(output))
-    elif folders := find_prepared(data):
-        prepared = open_prepared(folders, identity(renderer, config))
-        if eval_data:
-            _replace_validation(prepared, eval_data, tokenizer, config)
-    else:
-        prepared = _from_cache(Recipe.create(data, eval_data, renderer, config))
+    with stop_at_once():
+        if output is not None:
+            fill(Path(output), Recipe.create(data, eval_data, renderer, config), (1, 1), log_progress())
+            prepared = open_folder(Path(output))
+        elif folders := find_prepared(data):
+            prepared = open_prepared(folders, identity(renderer, config))
+            if eval_data:
+                _replace_validation(prepared, eval_data, tokenizer, config)
+        else:
+            prepared = _from_cache(Recipe.create(data, eval_data, renderer, config))
     try:
         check_trainable(prepared.report, renderer, vocab_size)
     except DataError:

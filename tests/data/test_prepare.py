@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,13 +19,15 @@ from hypothesis import strategies as st
 from llamahome.config import Config
 from llamahome.data import recipe as recipe_module
 from llamahome.data.cache import Cache
+from llamahome.data.interrupt import stop_at_once
 from llamahome.data.prepare import is_held_out, prepare
 from llamahome.data.report import unpack_place
 from llamahome.data.rows import Row
 from llamahome.data.schemas import Sample, SchemaReader
 from llamahome.data.store import TokenStore
 from llamahome.data.templates import Renderer
-from llamahome.errors import DataError, StorageError
+from llamahome.errors import DataError, Interrupted, StorageError
+from llamahome.training.signals import StopSignal
 
 
 def config(**values) -> Config:
@@ -285,3 +288,26 @@ def test_evaluation_data_replaces_the_split(data, tmp_path, tiny_tokenizer, capl
     assert prepared.report.place(unpack_place(prepared.validation.source(1))) == f"{other}:2"
     assert prepared.report.leaked == 1
     assert "evaluation samples that are trained on, too: 1" in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_stops_a_preparation(tmp_path, tiny_tokenizer, number):
+    """In a run its handler only takes a note, which is read when a step ends."""
+    data = jsonl(tmp_path / "data.jsonl", [pair(f"What is {i}?", "It is four. " * 50) for i in range(20_000)])
+    with StopSignal() as signals:
+        handler = signal.getsignal(number)
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), number))
+        timer.start()
+        with pytest.raises(Interrupted, match=r"while data was prepared.*run the same command again") as caught:
+            prepare(data, tiny_tokenizer, config=config())
+        assert signal.getsignal(number) == handler
+        assert signals.stop is None
+    assert caught.value.exit_code == 128 + number
+    cache = Cache.from_config(config())
+    assert [path.name for path in cache.folder.iterdir() if path.is_dir()] == []
+
+
+def test_without_handlers_of_a_run_signals_do_what_they_did():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with stop_at_once():
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
