@@ -19,7 +19,7 @@ from llamahome.kernels.mlp import GatedLora
 from llamahome.kernels.norm_triton import rows_of
 
 _COLUMNS = 2048  # of one row, without LoRA: 128-bit accesses for 128 threads, or AMD's 256
-_SQUARE = 64  # rows and columns of a tile, with LoRA
+_SQUARE, _SQUARE_WARPS = 64, 8  # rows and columns of a tile with LoRA; four warps take twice the registers
 _MIN_RANK = 16  # a tensor core's smallest inner dimension: lower ranks are padded by zeros
 
 
@@ -146,7 +146,7 @@ def _update(lora: GatedLora | None) -> _Update:
 def _grid(e: Tensor, rank: int) -> tuple[tuple[int, int], dict[str, int]]:
     padded = max(_MIN_RANK, triton.next_power_of_2(rank)) if rank else 0
     rows, columns = (_SQUARE, _SQUARE) if rank else (1, _COLUMNS)
-    shape = {"RANK": padded, "ROWS": rows, "COLUMNS": columns, "num_warps": 4}
+    shape = {"RANK": padded, "ROWS": rows, "COLUMNS": columns, "num_warps": _SQUARE_WARPS if rank else 4}
     return (triton.cdiv(e.shape[0], rows), triton.cdiv(e.shape[1], columns)), shape
 
 
@@ -164,7 +164,9 @@ def static_cases() -> list[StaticCase]:
         static_case("swiglu_backward", _backward, backward.format(absent), row | {"GELU": False}, num_warps=4),
         static_case("geglu_backward", _backward, backward.format(absent), row | {"GELU": True}, num_warps=4),
         *(
-            static_case(f"{name} lora {rank}", kernel, types.format(present), square | {"RANK": rank}, num_warps=4)
+            static_case(
+                f"{name} lora {rank}", kernel, types.format(present), square | {"RANK": rank}, num_warps=_SQUARE_WARPS
+            )
             for rank in (16, 64)
             for name, kernel, types in (("swiglu", _forward, forward), ("swiglu_backward", _backward, backward))
         ),
