@@ -4,53 +4,26 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamahome.config import Config
 from llamahome.data.cache import Cache
 from llamahome.data.encoding import Encoded
 from llamahome.data.pipeline import split
 from llamahome.data.prepare import check, prepare
 from llamahome.data.report import DataReport, pack_place, unpack_place
-from llamahome.data.store import TokenStore
 from llamahome.errors import DataError, ModelError
 
 
-def config(**values) -> Config:
-    return Config.load(
-        None, {"data.validation_split": 0.0} | {key.replace("__", "."): value for key, value in values.items()}
-    )
-
-
-def pair(question: str, answer: str = "It is four.") -> dict:
-    return {"prompt": question, "completion": answer}
-
-
-def jsonl(path: Path, rows) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture
-def data(tmp_path):
-    return jsonl(tmp_path / "data.jsonl", [pair(f"What is {i}?", f"It is {i}.") for i in range(40)])
-
-
-def documents(store: TokenStore) -> list[tuple[list[int], list[bool]]]:
-    return [(ids.tolist(), trained.tolist()) for ids, trained in map(store.document, range(len(store)))]
-
-
-@pytest.fixture
-def long_data(tmp_path):
+def long_data(tmp_path, pair, jsonl):
     return jsonl(tmp_path / "long.jsonl", [pair("short"), pair("long", "the sea " * 50), pair("short again")])
 
 
-def test_long_samples_are_cut_dropped_or_refused(long_data, tiny_tokenizer, caplog):
+def test_long_samples_are_cut_dropped_or_refused(long_data, tiny_tokenizer, caplog, config):
     cut = prepare(long_data, tiny_tokenizer, config=config(data__max_length=64))
     assert max(cut.train.lengths()) == 64
     assert cut.report.truncated.count == 1
@@ -73,7 +46,7 @@ def test_long_samples_are_cut_dropped_or_refused(long_data, tiny_tokenizer, capl
     )
 
 
-def test_long_texts_are_split_without_losing_a_token(tmp_path, tiny_tokenizer):
+def test_long_texts_are_split_without_losing_a_token(tmp_path, tiny_tokenizer, config, documents):
     path = tmp_path / "book.txt"
     path.write_text("the sea and the old mill " * 100)
     whole = prepare(path, tiny_tokenizer, config=config(data__max_length=4096))
@@ -95,7 +68,7 @@ def test_pieces_predict_every_token_but_the_first_once(size, limit):
     assert all(len(piece.ids) <= limit and not piece.trained[0] for piece in pieces)
 
 
-def test_a_sample_with_nothing_to_train_on_is_refused_or_counted(tmp_path, tiny_tokenizer, caplog):
+def test_a_sample_with_nothing_to_train_on_is_refused_or_counted(tmp_path, tiny_tokenizer, caplog, config, pair, jsonl):
     path = jsonl(tmp_path / "a.jsonl", [pair("short"), pair("the sea " * 50)])
     for policy in ("error", "skip"):
         with pytest.raises(DataError, match=r"the first 64 of its .* tokens hold none of the answer") as caught:
@@ -107,7 +80,7 @@ def test_a_sample_with_nothing_to_train_on_is_refused_or_counted(tmp_path, tiny_
     assert f"samples passed over, nothing to train on: 1 ({path}:2)" in caplog.text
 
 
-def test_nothing_to_train_on_at_all_is_an_error(tmp_path, tiny_tokenizer):
+def test_nothing_to_train_on_at_all_is_an_error(tmp_path, tiny_tokenizer, config, pair, jsonl):
     path = jsonl(tmp_path / "a.jsonl", [pair("the sea " * 50)])
     with pytest.raises(DataError, match="nothing to train on: 1 rows gave 0 samples") as caught:
         prepare(path, tiny_tokenizer, config=config(data__max_length=64, data__on_empty="skip"))
@@ -115,7 +88,7 @@ def test_nothing_to_train_on_at_all_is_an_error(tmp_path, tiny_tokenizer):
     assert Cache.from_config(config()).entries() == []
 
 
-def test_bad_rows_are_skipped_and_capped(tmp_path, tiny_tokenizer, caplog):
+def test_bad_rows_are_skipped_and_capped(tmp_path, tiny_tokenizer, caplog, config, pair, jsonl):
     rows = [pair("a"), "broken", pair(""), pair("b"), {"text": "x"}, pair("c")]
     path = jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError, match="invalid JSON at column 1") as caught:
@@ -130,7 +103,7 @@ def test_bad_rows_are_skipped_and_capped(tmp_path, tiny_tokenizer, caplog):
     assert caught.value.where.startswith(f"{path}:5")
 
 
-def test_a_token_outside_the_models_vocabulary_is_refused(data, tiny_tokenizer):
+def test_a_token_outside_the_models_vocabulary_is_refused(data, tiny_tokenizer, config, documents):
     largest = max(max(ids) for ids, _ in documents(prepare(data, tiny_tokenizer, config=config()).train))
     prepare(data, tiny_tokenizer, config=config(), vocab_size=largest + 1)
     with pytest.raises(
@@ -140,7 +113,7 @@ def test_a_token_outside_the_models_vocabulary_is_refused(data, tiny_tokenizer):
     assert caught.value.where.startswith(f"{data}:")
 
 
-def test_odd_numbers_of_samples_are_explained(tmp_path, tiny_tokenizer, caplog):
+def test_odd_numbers_of_samples_are_explained(tmp_path, tiny_tokenizer, caplog, config, pair, jsonl):
     path = jsonl(tmp_path / "a.jsonl", [pair("one")])
     for split_share in (0.01, 0.0):
         caplog.clear()
@@ -149,7 +122,7 @@ def test_odd_numbers_of_samples_are_explained(tmp_path, tiny_tokenizer, caplog):
         assert ("no sample fell into the validation split" in caplog.text) is bool(split_share)
 
 
-def test_a_tokenizer_without_template_is_told(tmp_path, tiny_tokenizer):
+def test_a_tokenizer_without_template_is_told(tmp_path, tiny_tokenizer, config, jsonl):
     bare = copy.deepcopy(tiny_tokenizer)
     bare.chat_template = None
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -160,7 +133,7 @@ def test_a_tokenizer_without_template_is_told(tmp_path, tiny_tokenizer):
         check(path, bare, config=config())
 
 
-def test_check_collects_every_fault_with_its_place(tmp_path, tiny_tokenizer):
+def test_check_collects_every_fault_with_its_place(tmp_path, tiny_tokenizer, config, pair, jsonl):
     rows = [pair("a"), "broken", pair("", "x"), {"prompt": 5, "completion": "x"}, pair("the sea " * 50), pair("b")]
     first = jsonl(tmp_path / "1.jsonl", rows)
     empty = jsonl(tmp_path / "2.jsonl", [])
@@ -174,14 +147,14 @@ def test_check_collects_every_fault_with_its_place(tmp_path, tiny_tokenizer):
     assert Cache.from_config(config()).entries() == []
 
 
-def test_check_stops_after_many_faults(tmp_path, tiny_tokenizer):
+def test_check_stops_after_many_faults(tmp_path, tiny_tokenizer, config, jsonl):
     path = jsonl(tmp_path / "a.jsonl", ["broken"] * 3000)
     report = check(path, tiny_tokenizer, config=config())
     assert len(report.faults) == 1001
     assert report.faults[-1] == "stopped after 1,000 faults"
 
 
-def test_check_collects_what_a_template_refuses(tmp_path, tiny_tokenizer):
+def test_check_collects_what_a_template_refuses(tmp_path, tiny_tokenizer, config, pair, jsonl):
     picky = copy.deepcopy(tiny_tokenizer)
     picky.chat_template = (
         "{% if 'x' in messages[0].content %}{{ raise_exception('no x') }}{% endif %}" + tiny_tokenizer.chat_template
@@ -194,7 +167,7 @@ def test_check_collects_what_a_template_refuses(tmp_path, tiny_tokenizer):
         prepare(path, picky, config=config())
 
 
-def test_check_shows_what_would_be_trained(tmp_path, tiny_tokenizer):
+def test_check_shows_what_would_be_trained(tmp_path, tiny_tokenizer, config, pair, jsonl):
     path = jsonl(tmp_path / "a.jsonl", [pair("\x1b[31mred\x1b[0m", "four\nfive")] * 5)
     report = check(path, tiny_tokenizer, config=config())
     assert (
@@ -204,12 +177,12 @@ def test_check_shows_what_would_be_trained(tmp_path, tiny_tokenizer):
     assert "\x1b" not in report.to_text()
 
 
-def test_check_works_without_a_tokenizer(data):
+def test_check_works_without_a_tokenizer(data, config):
     report = check(data, config=config())
     assert (report.faults, report.rows, report.train.samples, report.train.tokens) == ([], 40, 40, 0)
 
 
-def test_check_finds_nothing_to_train_on_and_foreign_tokens(data, tiny_tokenizer):
+def test_check_finds_nothing_to_train_on_and_foreign_tokens(data, tiny_tokenizer, config):
     assert "outside the model's vocabulary" in check(data, tiny_tokenizer, config=config(), vocab_size=10).faults[0]
     nothing = check(data, tiny_tokenizer, config=config(data__max_length=2, data__on_empty="skip"))
     assert "nothing to train on" in nothing.faults[0]
@@ -218,7 +191,7 @@ def test_check_finds_nothing_to_train_on_and_foreign_tokens(data, tiny_tokenizer
 # The report
 
 
-def test_the_report_is_plain_json_and_comes_back(long_data, tiny_tokenizer):
+def test_the_report_is_plain_json_and_comes_back(long_data, tiny_tokenizer, config):
     report = prepare(long_data, tiny_tokenizer, config=config(data__max_length=64)).report
     assert DataReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
     text = report.to_text()

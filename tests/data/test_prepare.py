@@ -30,31 +30,7 @@ from llamahome.errors import DataError, Interrupted, StorageError
 from llamahome.training.signals import StopSignal
 
 
-def config(**values) -> Config:
-    return Config.load(
-        None, {"data.validation_split": 0.0} | {key.replace("__", "."): value for key, value in values.items()}
-    )
-
-
-def pair(question: str, answer: str = "It is four.") -> dict:
-    return {"prompt": question, "completion": answer}
-
-
-def jsonl(path: Path, rows) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def data(tmp_path):
-    return jsonl(tmp_path / "data.jsonl", [pair(f"What is {i}?", f"It is {i}.") for i in range(40)])
-
-
-def documents(store: TokenStore) -> list[tuple[list[int], list[bool]]]:
-    return [(ids.tolist(), trained.tolist()) for ids, trained in map(store.document, range(len(store)))]
-
-
-def test_stores_hold_the_renderers_tokens_and_their_places(data, tiny_tokenizer):
+def test_stores_hold_the_renderers_tokens_and_their_places(data, tiny_tokenizer, config, pair, documents):
     prepared = prepare(data, tiny_tokenizer, config=config())
     samples = [SchemaReader(config().data).read(Row(pair(f"What is {i}?", f"It is {i}."), "", i)) for i in range(40)]
     expected = Renderer(tiny_tokenizer, config().data).encode(samples)
@@ -71,7 +47,7 @@ def test_stores_hold_the_renderers_tokens_and_their_places(data, tiny_tokenizer)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_workers_do_not_change_the_tokens(data, tiny_tokenizer, workers, monkeypatch):
+def test_workers_do_not_change_the_tokens(data, tiny_tokenizer, workers, monkeypatch, config, documents):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     prepared = prepare(
         data, tiny_tokenizer, config=config(data__num_workers=workers, cache__dir=f"{data.parent}/{workers}")
@@ -87,7 +63,7 @@ def tokenised(caplog) -> int:
     return count
 
 
-def test_the_second_time_comes_from_the_cache(data, tiny_tokenizer, caplog, tmp_path):
+def test_the_second_time_comes_from_the_cache(data, tiny_tokenizer, caplog, tmp_path, config):
     caplog.set_level("INFO")
     first = prepare(data, tiny_tokenizer, config=config())
     assert tokenised(caplog) == 1
@@ -99,7 +75,7 @@ def test_the_second_time_comes_from_the_cache(data, tiny_tokenizer, caplog, tmp_
     assert second.report.place(second.report.longest[1]).startswith(f"{moved}:")
 
 
-def test_anything_that_changes_the_tokens_makes_them_anew(data, tiny_tokenizer, caplog):
+def test_anything_that_changes_the_tokens_makes_them_anew(data, tiny_tokenizer, caplog, config):
     caplog.set_level("INFO")
     prepare(data, tiny_tokenizer, config=config())
     tokenised(caplog)
@@ -126,7 +102,7 @@ def test_anything_that_changes_the_tokens_makes_them_anew(data, tiny_tokenizer, 
     assert "It is 8" in tiny_tokenizer.decode(prepared.train.document(7)[0].tolist())
 
 
-def test_a_file_that_changes_between_key_and_reading_is_noticed(data, tiny_tokenizer, monkeypatch):
+def test_a_file_that_changes_between_key_and_reading_is_noticed(data, tiny_tokenizer, monkeypatch, config, pair):
     key = recipe_module.Recipe.key
 
     def change(job):
@@ -158,7 +134,7 @@ def damage(folder: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "gone", "report", "empty report"])
 @pytest.mark.parametrize("in_use", [False, True])
-def test_damaged_cache_entries_are_made_again(data, tiny_tokenizer, caplog, how, in_use):
+def test_damaged_cache_entries_are_made_again(data, tiny_tokenizer, caplog, how, in_use, config, documents):
     good = prepare(data, tiny_tokenizer, config=config())
     expected, folder = documents(good.train), good.train.folder.parent
     if not in_use:
@@ -170,14 +146,14 @@ def test_damaged_cache_entries_are_made_again(data, tiny_tokenizer, caplog, how,
     assert (again.train.folder.parent == folder) is not in_use
 
 
-def test_an_unusable_cache_folder_costs_a_warning_only(data, tiny_tokenizer, tmp_path, caplog):
+def test_an_unusable_cache_folder_costs_a_warning_only(data, tiny_tokenizer, tmp_path, caplog, config):
     (tmp_path / "file").touch()
     prepared = prepare(data, tiny_tokenizer, config=config(cache__dir=str(tmp_path / "file")))
     assert len(prepared.train) == 40
     assert caplog.text.count("the cache is not used") == 1
 
 
-def test_tokens_can_be_written_to_a_folder(data, tiny_tokenizer, tmp_path):
+def test_tokens_can_be_written_to_a_folder(data, tiny_tokenizer, tmp_path, config):
     output = tmp_path / "out" / "tokens"
     prepared = prepare(data, tiny_tokenizer, config=config(), output=output)
     assert len(TokenStore.open(output / "train")) == len(prepared.train) == 40
@@ -195,7 +171,7 @@ from llamahome.data import journal, prepare as module
 from tests_tokenizer import tokenizer
 add = journal._Blocks.add
 def slow(writer, document):
-    time.sleep(0.005)
+    time.sleep(0.1)
     add(writer, document)
 journal._Blocks.add = slow
 print("ready", flush=True)
@@ -214,7 +190,7 @@ def test_a_killed_preparation_leaves_nothing_half_done(data, tiny_tokenizer, tmp
     for delay in (0.02, 0.1):
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(data)], stdout=subprocess.PIPE, env=environment)
         process.stdout.readline()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not list(cache.folder.glob(".*.tmp-*")) and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(delay)
@@ -237,7 +213,7 @@ def text_of(store: TokenStore, tokenizer) -> set[str]:
     return {tokenizer.decode(store.document(i)[0].tolist()) for i in range(len(store))}
 
 
-def test_appending_rows_moves_none(tmp_path, tiny_tokenizer):
+def test_appending_rows_moves_none(tmp_path, tiny_tokenizer, config, pair, jsonl):
     rows = [pair(f"What is {i}?") for i in range(120)]
     sides = []
     for count in (60, 120):
@@ -271,7 +247,7 @@ def test_the_split_has_the_share_that_was_asked_for():
         assert abs(found - share) <= 4 * (share * (1 - share) / len(samples)) ** 0.5
 
 
-def test_duplicates_are_counted_and_stay_together(tmp_path, tiny_tokenizer, caplog):
+def test_duplicates_are_counted_and_stay_together(tmp_path, tiny_tokenizer, caplog, config, pair, jsonl):
     rows = [pair(f"What is {i % 30}?") for i in range(90)]
     prepared = prepare(jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer, config=config(data__validation_split=0.4))
     train, validation = text_of(prepared.train, tiny_tokenizer), text_of(prepared.validation, tiny_tokenizer)
@@ -281,7 +257,7 @@ def test_duplicates_are_counted_and_stay_together(tmp_path, tiny_tokenizer, capl
     assert "samples that repeat another: 60" in caplog.text
 
 
-def test_evaluation_data_replaces_the_split(data, tmp_path, tiny_tokenizer, caplog):
+def test_evaluation_data_replaces_the_split(data, tmp_path, tiny_tokenizer, caplog, config, pair, jsonl):
     other = jsonl(tmp_path / "eval.jsonl", [pair("What is 3?", "It is 3."), pair("new?")])
     prepared = prepare(data, tiny_tokenizer, config=config(data__validation_split=0.3), eval_data=other)
     assert (len(prepared.train), len(prepared.validation)) == (40, 2)
@@ -291,7 +267,7 @@ def test_evaluation_data_replaces_the_split(data, tmp_path, tiny_tokenizer, capl
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_stops_a_preparation(tmp_path, tiny_tokenizer, number):
+def test_the_first_signal_stops_a_preparation(tmp_path, tiny_tokenizer, number, config, pair, jsonl):
     """In a run its handler only takes a note, which is read when a step ends."""
     data = jsonl(tmp_path / "data.jsonl", [pair(f"What is {i}?", "It is four. " * 50) for i in range(20_000)])
     with StopSignal() as signals:
