@@ -15,6 +15,7 @@ import click
 from llamahome import __version__
 from llamahome.commands.data import cache, data
 from llamahome.commands.options import base_model, changes, load_config, print_error, print_line, settings
+from llamahome.commands.plan import plan
 from llamahome.commands.tools import chat, doctor, report, watch
 from llamahome.errors import ConfigError, LlamaHomeError
 
@@ -131,6 +132,7 @@ def merge(adapter: Path, output: Path, dtype: str | None, base: str | None, **gi
 
 cli.add_command(data)
 cli.add_command(cache)
+cli.add_command(plan)
 cli.add_command(chat)
 cli.add_command(doctor)
 cli.add_command(report)

@@ -30,6 +30,7 @@ COMMANDS = {
     "llamahome data check": {"PATH", "--model", "--json", *SETTINGS},
     "llamahome data prepare": {"PATH", "--output", "--eval-data", "--shard", "--model", *SETTINGS},
     "llamahome data verify": {"FOLDERS", "--cache", *SETTINGS},
+    "llamahome plan": {"DATA", "--tokens", "--model", "--gpus", "--gpu-memory", "--confirm", "--json", *SETTINGS},
     "llamahome cache": set(),
     "llamahome cache ls": SETTINGS,
     "llamahome cache clear": SETTINGS,

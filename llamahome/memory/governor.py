@@ -178,7 +178,7 @@ class MemoryGovernor:
     def _too_small(self) -> MemoryLimitError:
         need = self.predict(self.smallest)
         advice = [f"raise training.memory_limit to {format_bytes(1.05 * need)}"]
-        advice += savings(self.plan, longest=self._tokens_within(self.limit_bytes), spare=need - self.limit_bytes)
+        advice += savings(self.plan, longest=self._tokens_within(self.limit_bytes), missing=need - self.limit_bytes)
         return MemoryLimitError(
             f"a micro-batch of {self.smallest} tokens needs about {format_bytes(need)}, "
             f"{format_bytes(self.limit_bytes)} may be used",

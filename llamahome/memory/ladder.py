@@ -56,14 +56,14 @@ def climb(
     return plan
 
 
-def savings(plan: MemoryPlan, *, longest: int, spare: int) -> list[str]:
-    """Settings that would make a plan fit, each for itself; `longest` tokens fit, `spare` bytes are missing.
+def savings(plan: MemoryPlan, *, longest: int, missing: int) -> list[str]:
+    """Settings that would make a plan fit, each for itself; `longest` tokens would, `missing` bytes are too many.
 
     These change what is trained or how long it takes, so they are advice and never taken by themselves.
     """
     advice = [f"set data.max_length to {longest // 16 * 16}"] if longest >= 64 else []
     if not plan.gradient_checkpointing:
         advice.append("set processing.gradient_checkpointing: true")
-    if plan.adapters and plan.weights - plan.quantized_weights > spare:
+    if plan.adapters and plan.weights - plan.quantized_weights > missing:
         advice.append("set training.method: qlora")
     return advice

@@ -107,21 +107,26 @@ def resolve_limit(config: Config, device: str, monitor: MemoryMonitor) -> int:
     below what the process holds already.
     """
     reading = monitor.read()
-    settings: dict[str, str | int | None] = {"training.memory_limit": config.training.memory_limit}
-    if device == "cpu":
-        settings["memory.cpu_memory_limit"] = config.memory.cpu_memory_limit
-    else:
-        settings["memory.gpu_memory_fraction"] = f"{100 * config.memory.gpu_memory_fraction:f}%"
-    sizes = {key: _size(key, value, reading.total_bytes) for key, value in settings.items() if value is not None}
-    key = min(sizes, key=sizes.__getitem__)
-    if sizes[key] > reading.total_bytes:
-        logger.warning("%s is more than the %s of this machine", key, format_bytes(reading.total_bytes))
-    limit = min(sizes[key], reading.total_bytes)
+    key, limit = limit_of(config, device, reading.total_bytes)
     if limit <= reading.used_bytes:
         used = format_bytes(reading.used_bytes)
         raise MemoryLimitError(f"the limit of {format_bytes(limit)} is below the {used} in use before training",
                                where=key, fix=f"allow more than {used}")  # fmt: skip
     return limit
+
+
+def limit_of(config: Config, device: str, total_bytes: int) -> tuple[str, int]:
+    """The setting that counts and the limit it gives on a device of `total_bytes`. Raises: ConfigError."""
+    settings: dict[str, str | int | None] = {"training.memory_limit": config.training.memory_limit}
+    if device == "cpu":
+        settings["memory.cpu_memory_limit"] = config.memory.cpu_memory_limit
+    else:
+        settings["memory.gpu_memory_fraction"] = f"{100 * config.memory.gpu_memory_fraction:f}%"
+    sizes = {key: _size(key, value, total_bytes) for key, value in settings.items() if value is not None}
+    key = min(sizes, key=sizes.__getitem__)
+    if sizes[key] > total_bytes:
+        logger.warning("%s is more than the %s of this machine", key, format_bytes(total_bytes))
+    return key, min(sizes[key], total_bytes)
 
 
 def format_bytes(count: float) -> str:
