@@ -20,7 +20,7 @@ def _rope(
     HEADS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    head = tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS)
     column = tl.arange(0, BLOCK)
     width: tl.constexpr = 2 * HALF + REST
     known = column < HALF

@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 
 from llamahome.kernels import (
     linear_cross_entropy,
@@ -18,7 +19,7 @@ from llamahome.kernels import (
     loss_triton,
     norm_triton,
 )
-from llamahome.kernels.mlp import GatedLora, gated_backward, gated_forward, gated_reference
+from llamahome.kernels.mlp import GatedLora, gated, gated_backward, gated_forward, gated_reference
 from llamahome.kernels.norm import (
     add_rms_norm,
     add_rms_norm_reference,
@@ -367,6 +368,33 @@ def test_no_rows_are_no_launch():
     assert not dw.any()
     assert gated_forward(x, x).shape == (0, 40)
     assert rope_apply(torch.zeros(0, 2, 8), torch.zeros(0, 8), torch.zeros(0, 8)).shape == (0, 2, 8)
+
+
+def test_a_compiler_sees_one_graph_of_operators():
+    x, residual, weight = _random(5, 16).float(), _random(5, 16, seed=1).float(), _random(16, seed=2).float()
+    head, labels = _random(30, 16, seed=3).float(), torch.tensor([1, -100, 29, 4, 0])
+    cos, sin = _angles(5, 8, torch.float32)
+    nodes = []
+
+    def function(x, residual, weight, head):
+        y, summed = add_rms_norm(x, residual, weight, 1e-5)
+        q, k = rope(y.view(5, 2, 8), summed.view(5, 2, 8), cos, sin)
+        h = gated(q.flatten(1), k.flatten(1))
+        return linear_cross_entropy(rms_norm(h, weight, 1e-5, 1.0), head, labels)
+
+    def backend(graph, inputs):
+        nodes.extend(str(node.target) for node in graph.graph.nodes)
+        return aot_eager(graph, inputs)
+
+    results = []
+    for form in (function, torch.compile(function, backend=backend, fullgraph=True)):
+        inputs = [t.clone().requires_grad_() for t in (x, residual, weight, head)]
+        loss = form(*inputs)
+        results.append([loss, *torch.autograd.grad(loss, inputs)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
+    for name in ("add_rms_norm", "rope", "gated", "rms_norm", "linear_cross_entropy"):
+        assert any(target.startswith(f"llamahome.{name}") for target in nodes), name
 
 
 @pytest.mark.slow

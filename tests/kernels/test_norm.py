@@ -1,4 +1,4 @@
-"""The norm rounds as Hugging Face's modules do, its backward pass is the mathematics, and a compiler sees through it."""
+"""The norm rounds as transformers' modules do, its gradients are the mathematics, and a compiler sees through it."""
 
 from __future__ import annotations
 
