@@ -22,6 +22,8 @@ from llamahome.kernels.launch import (
     has_tensor_descriptors,
 )
 
+_TOKENS_PER_PROGRAM = 1024  # of the small kernel that finds the samples' bounds
+
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int = 0, softcap: float = 0.0
@@ -97,8 +99,8 @@ def token_bounds(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     samples = cu_seqlens.shape[0] - 1
     if tokens:
         with torch.cuda.device_of(cu_seqlens):
-            token_bounds_kernel[(triton.cdiv(tokens, 1024),)](
-                cu_seqlens, start, end, tokens, samples, (samples + 1).bit_length(), BLOCK=1024
+            token_bounds_kernel[(triton.cdiv(tokens, _TOKENS_PER_PROGRAM),)](
+                cu_seqlens, start, end, tokens, samples, (samples + 1).bit_length(), BLOCK=_TOKENS_PER_PROGRAM
             )
     return start, end
 
@@ -178,13 +180,27 @@ _SHAPES = (
 
 def static_cases() -> list[StaticCase]:
     """What the static gate compiles: bf16, the default tiles of each architecture."""
-    cases: dict[str, StaticCase] = {}
+    cases = {"token_bounds": _token_bounds_case()}
     for shape in _SHAPES:
         for arch in shape.archs:
             for case in _cases(shape, arch):
                 archs = (*cases[case.name].archs, arch) if case.name in cases else (arch,)
                 cases[case.name] = case._replace(archs=archs)
     return list(cases.values())
+
+
+def _token_bounds_case() -> StaticCase:
+    types = {
+        "edges_ptr": "*i32",
+        "start_ptr": "*i32",
+        "end_ptr": "*i32",
+        "T": "i32",
+        "samples": "i32:1",
+        "steps": "i32:1",
+    }
+    constants = {"BLOCK": _TOKENS_PER_PROGRAM}
+    archs = ("sm_90", "gfx942")
+    return StaticCase("token_bounds", token_bounds_kernel, types | {"BLOCK": "constexpr"}, constants, 4, 2, archs)
 
 
 def _cases(shape: _Shape, arch: str) -> Iterator[StaticCase]:
