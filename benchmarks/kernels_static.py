@@ -84,7 +84,7 @@ def measure(path: Path, case_name: str, arch: str) -> Row:
 def measure_all(paths: list[Path], processes: int) -> dict[str, Row]:
     """Every row by name, compiled in processes of their own."""
     jobs = [(path, case.name, arch) for path in paths for case in load_cases(path).values() for arch in case.archs]
-    names = [f"{name} {arch}" for _, name, arch in jobs]
+    names = [f"{name.removesuffix(f'_{arch}')} {arch}" for _, name, arch in jobs]
     assert len(set(names)) == len(names), "two cases have one name"
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return dict(zip(names, pool.map(measure, *zip(*jobs, strict=True)), strict=True))
