@@ -22,7 +22,7 @@ from llamahome.kernels.lora import (
 from llamahome.kernels.loss import linear_cross_entropy, linear_cross_entropy_reference
 from llamahome.kernels.mlp import gated, gated_reference
 from llamahome.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from llamahome.kernels.rope import rope, rope_reference
+from llamahome.kernels.rope import rotate, rotate_reference
 
 Operation = Callable[..., Any]  # tensors in, a tensor or several out
 
@@ -179,7 +179,7 @@ def _rope(shape: Shape, device: torch.device) -> Case:
         return LigerRopeFunction.apply(*heads_first, cos[None], sin[None])
 
     rivals = {"Liger": liger} if installed("liger_kernel") else {}
-    return Case("rope", rope, rope_reference, rivals, inputs, ("cos", "sin"))
+    return Case("rope", rotate, rotate_reference, rivals, inputs, ("cos", "sin"))
 
 
 def _gated(shape: Shape, device: torch.device) -> Case:

@@ -20,12 +20,12 @@ from torch.autograd.function import once_differentiable
 from llamahome.kernels.launch import use_triton
 
 
-def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The plain definition, differentiable; same arguments and result as `rope`."""
+def rotate_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain definition, differentiable; same arguments and result as `rotate`."""
     return _turn(q, cos, sin), _turn(k, cos, sin)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q [T, Hq, D] and k [T, Hk, D] turned by their tokens' angles; differentiable once, not by the angles."""
     if _as_op(q):
         return _op(q, cos, sin, False), _op(k, cos, sin, False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llamahome.kernels.lora import LoraWeights, NormWeights, lora_linear, lora_mlp, norm_lora_linears
 from llamahome.kernels.norm import rms_norm
-from llamahome.kernels.rope import rope
+from llamahome.kernels.rope import rotate
 from llamahome.model.compile import decoder_layers
 
 
@@ -207,7 +207,7 @@ def _attention(
     q, k, v = _heads(attn, _linears(layer, family, family.pre_attention, attn, family.qkv, x), family)
     if getattr(attn, "use_rope", True):
         cos, sin = (part.expand(shape[0], -1, -1).flatten(0, 1) for part in angles)
-        q, k = rope(q, k, cos, sin)
+        q, k = rotate(q, k, cos, sin)
     q, k, v = (part.view(*shape[:2], *part.shape[1:]).transpose(1, 2) for part in (q, k, v))
     window = attn.config.sliding_window if family.window_of_config else getattr(attn, "sliding_window", None)
     if window is not None:

@@ -29,7 +29,7 @@ from llamahome.kernels.norm import (
     rms_norm_forward,
     rms_norm_reference,
 )
-from llamahome.kernels.rope import rope, rope_apply, rope_reference
+from llamahome.kernels.rope import rope_apply, rotate, rotate_reference
 
 pytestmark = pytest.mark.usefixtures("uninitialized_is_nan")
 
@@ -155,8 +155,8 @@ def test_rope(tokens, heads, groups, size, turned, dtype):
     cos, sin = _angles(tokens, turned, dtype)
     inputs = [_random(tokens, heads, size), _random(tokens, groups, size, seed=1)]
     _compare(
-        lambda q, k: rope(q, k, cos, sin),
-        lambda q, k: rope_reference(q, k, cos.to(q.dtype), sin.to(q.dtype)),
+        lambda q, k: rotate(q, k, cos, sin),
+        lambda q, k: rotate_reference(q, k, cos.to(q.dtype), sin.to(q.dtype)),
         inputs, dtype,
     )  # fmt: skip
 
@@ -378,7 +378,7 @@ def test_a_compiler_sees_one_graph_of_operators():
 
     def function(x, residual, weight, head):
         y, summed = add_rms_norm(x, residual, weight, 1e-5)
-        q, k = rope(y.view(5, 2, 8), summed.view(5, 2, 8), cos, sin)
+        q, k = rotate(y.view(5, 2, 8), summed.view(5, 2, 8), cos, sin)
         h = gated(q.flatten(1), k.flatten(1))
         return linear_cross_entropy(rms_norm(h, weight, 1e-5, 1.0), head, labels)
 

@@ -7,7 +7,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partly
 
-from llamahome.kernels.rope import rope, rope_apply
+from llamahome.kernels.rope import rope_apply, rotate
 
 
 def _random(*shape, seed=0, dtype=torch.float64):
@@ -27,7 +27,7 @@ def test_outputs_have_the_bits_of_transformers(width, theirs, dtype):
     q, k = _random(7, 4, 16, dtype=dtype), _random(7, 2, 16, seed=1, dtype=dtype)
     cos, sin = _angles(torch.arange(7), width, dtype)
     expected = theirs(q[None], k[None], cos[None], sin[None], unsqueeze_dim=2)
-    for ours, other in zip(rope(q, k, cos, sin), expected, strict=True):
+    for ours, other in zip(rotate(q, k, cos, sin), expected, strict=True):
         assert torch.equal(ours, other[0])
 
 
@@ -47,7 +47,7 @@ def test_turning_back_is_the_inverse_and_the_gradient(width):
     cos, sin = _angles(torch.arange(5), width)
     q, k = _random(5, 2, 16).requires_grad_(), _random(5, 1, 16, seed=1).requires_grad_()
     torch.testing.assert_close(rope_apply(rope_apply(q, cos, sin), cos, sin, inverse=True), q)
-    assert torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin), (q, k))
+    assert torch.autograd.gradcheck(lambda q, k: rotate(q, k, cos, sin), (q, k))
 
 
 def test_wide_angles_keep_the_inputs_dtype():
@@ -62,7 +62,7 @@ def test_only_the_angles_are_saved():
     cos, sin = _angles(torch.arange(5), 16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        rope(_random(5, 2, 16).requires_grad_(), _random(5, 1, 16), cos, sin)
+        rotate(_random(5, 2, 16).requires_grad_(), _random(5, 1, 16), cos, sin)
     assert [t.shape for t in saved] == [cos.shape, sin.shape]
 
 
@@ -70,7 +70,7 @@ def test_compiled_is_one_graph_and_equal_to_eager():
     cos, sin = _angles(torch.arange(5), 16)
     q, k = _random(5, 2, 16).requires_grad_(), _random(5, 1, 16, seed=1).requires_grad_()
     results = []
-    for form in (rope, torch.compile(rope, backend="aot_eager", fullgraph=True)):
+    for form in (rotate, torch.compile(rotate, backend="aot_eager", fullgraph=True)):
         outputs = form(q, k, cos, sin)
         results.append((*outputs, *torch.autograd.grad([y.square().sum() for y in outputs], (q, k))))
     for eager, other in zip(*results, strict=True):
