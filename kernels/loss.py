@@ -247,6 +247,7 @@ def _chunks(
             d_weight += z.T @ h
         if d_bias is not None:
             d_bias += z.sum(0, dtype=loss.dtype)
+        del z  # before the next one is made
     return loss, d_hidden, d_weight, d_bias
 
 
