@@ -83,6 +83,24 @@ def test_plain_loop(settings: dict[str, Any], data_file: Path, tiny_model_dir: P
     assert losses[-1] < losses[0]
 
 
+def test_governed_loop(settings: dict[str, Any], tiny_model_dir: Path) -> None:
+    losses = load("governed_loop").main(str(tiny_model_dir))
+    assert losses[-1] < losses[0]
+
+
+def test_governed_trainer(settings: dict[str, Any], tiny_model_dir: Path, tmp_path: Path) -> None:
+    trainer = load("governed_trainer").main(str(tiny_model_dir), str(tmp_path / "out"))
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert losses[-1] < losses[0]
+
+
+def test_governed_lightning(settings: dict[str, Any], tiny_model_dir: Path) -> None:
+    pytest.importorskip("lightning")
+    losses = load("governed_lightning").main(str(tiny_model_dir))
+    assert losses[-1] < losses[0]
+
+
 def test_every_example_is_tested_here() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"custom_loss", "custom_metric", "custom_callback", "custom_format", "plain_loop"}
+    tested = {"custom_loss", "custom_metric", "custom_callback", "custom_format", "plain_loop"}
+    assert names == tested | {"governed_loop", "governed_trainer", "governed_lightning"}
