@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from llamahome.config import Config
+from llamahome.kernels.lora import TRACED_BY_RUNNING
+from llamahome.model import compile as compile_module
 from llamahome.model.adapters import apply_adapter
 from llamahome.model.compile import compile_layers, decoder_layers
+from llamahome.model.fuse import fuse
 from llamahome.model.load import load_model, resolve_model
 from llamahome.training.objective import build_objective, flat_row
 
@@ -32,8 +35,13 @@ def _loss_and_gradient(objective, samples):
 SAMPLES = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
 
 
-def test_a_layer_has_no_graph_break(objective):
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_layer_has_no_graph_break(objective, fused):
     expected = _loss_and_gradient(objective, SAMPLES)
+    if fused:
+        fuse(objective.model)
+        for function in TRACED_BY_RUNNING:
+            torch.compiler.allow_in_graph(function)
     objective.causal.enable_input_require_grads()
     for layer in decoder_layers(objective.causal):
         layer.compile(backend="aot_eager", fullgraph=True, dynamic=True)
@@ -44,8 +52,11 @@ def test_a_layer_has_no_graph_break(objective):
 
 
 @pytest.mark.slow
-def test_inductor_gives_the_same_numbers(objective):
+@pytest.mark.parametrize("fused", [False, True])
+def test_inductor_gives_the_same_numbers(objective, fused):
     expected = _loss_and_gradient(objective, SAMPLES)
+    if fused:
+        fuse(objective.model)
     assert compile_layers(objective.causal, "default", tokens=0, trial=lambda tokens: None) == "default"
     torch.testing.assert_close(_loss_and_gradient(objective, SAMPLES), expected, rtol=1e-4, atol=1e-5)
 
@@ -53,6 +64,21 @@ def test_inductor_gives_the_same_numbers(objective):
 def test_auto_does_not_compile_a_short_run(objective):
     assert compile_layers(objective.causal, "auto", tokens=1000, trial=lambda tokens: None) == "none"
     assert all(layer._compiled_call_impl is None for layer in decoder_layers(objective.causal))
+
+
+@pytest.mark.parametrize(
+    ("plain", "compiled", "expected"), [(10.0, 8.0, "default"), (10.0, 12.0, "none"), (1e-4, None, "none")]
+)
+def test_auto_stays_with_what_a_trial_found_faster(objective, monkeypatch, plain, compiled, expected):
+    """The third run is so fast that compiling would not pay: nothing is tried."""
+    seconds = iter([plain, compiled])
+    monkeypatch.setattr(compile_module, "_seconds", lambda trial: next(seconds))
+    monkeypatch.setattr(compile_module, "compiler_works", lambda: True)
+    tried = []
+    assert compile_layers(objective.causal, "auto", tokens=1_000_000, trial=tried.append) == expected
+    assert bool(tried) == (compiled is not None)
+    in_force = [layer._compiled_call_impl is not None for layer in decoder_layers(objective.causal)]
+    assert in_force == [expected == "default"] * 2
 
 
 def test_a_mode_for_gpus_is_replaced_on_a_cpu(objective, caplog):
