@@ -30,6 +30,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [T, Hq, D] and the log-sum-exp [Hq, T], fp32 in base-2 units. Arguments as of `varlen_attention`."""
     q, k, v = aligned(q), aligned(k), aligned(v)
+    window = _bounded(window, q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     start, _ = token_bounds(cu_seqlens, q.shape[0])
@@ -53,6 +54,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dQ, dK and dV from what `forward` took and gave; `grad` is [T, Hq, D]."""
     grad, q, k, v = aligned(grad), aligned(q), aligned(k), aligned(v)
+    window = _bounded(window, q)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)
     start, end = token_bounds(cu_seqlens, q.shape[0])
@@ -109,6 +111,11 @@ def _launch(kernel: str, shape: str, q: Tensor, launch: Callable[[LaunchConfig],
     if q.shape[0]:
         with torch.cuda.device_of(q):
             launch(choose_config(kernel, shape, q.device, launch))
+
+
+def _bounded(window: int, q: Tensor) -> int:
+    """0 for a window that hides nothing: its masks would cost, and a huge one overflow."""
+    return window if window < q.shape[0] else 0
 
 
 def _shape_class(q: Tensor, tma: bool) -> str:
