@@ -24,10 +24,11 @@ class Case(NamedTuple):
 
 
 PACKED = (37, 1, 22)
-# Tiles are 32 by 32: a sample from token 1 or 2 on has its last unmasked key block end just before or behind a row block.
+# Tiles are 32 by 32: in a sample from token 1 or 2 on, unmasked key blocks end just before or behind a row block.
 LENGTHS = [
     Case((1,)), Case((1, 1, 1)), Case((1,), tail=2), Case((7,)), Case((32,)), Case((33,)), Case((97,)),
-    Case((1, 70)), Case((2, 70)), Case((16, 16, 16)), Case((31, 2, 30), tail=1), Case((5, 40), tail=20), Case((3, 1, 3), tail=90),
+    Case((1, 70)), Case((2, 70)), Case((16, 16, 16)), Case((31, 2, 30), tail=1), Case((5, 40), tail=20),
+    Case((3, 1, 3), tail=90),
 ]  # fmt: skip
 SIZES = [Case(PACKED, tail=3, size=size) for size in (24, 32, 40, 64, 80, 96, 128)] + [Case((20, 13), size=256)]
 GROUPS = [Case(PACKED, heads=h, kv_heads=k) for h, k in ((1, 1), (3, 3), (4, 2), (4, 1), (8, 1), (8, 4))]
