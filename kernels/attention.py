@@ -73,7 +73,7 @@ def varlen_attention(
         return _library_attention(q, k, v, cu_seqlens, scale)
     if not _has_kernel(q, softcap):
         return varlen_attention_reference(q, k, v, cu_seqlens, scale, window, softcap)
-    if type(q) is Tensor and not torch.compiler.is_compiling():  # the operator costs three times as much per call
+    if type(q) is Tensor and not torch.compiler.is_compiling():  # the operator adds some 50 us a call
         out: Tensor = _Attention.apply(q, k, v, cu_seqlens, scale, window, softcap)  # type: ignore[no-untyped-call]
     else:
         out = _varlen(q, k, v, cu_seqlens, scale, window, softcap)[0]
