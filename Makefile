@@ -49,8 +49,8 @@ types: setup  ## Check the types
 kernels: setup  ## Compile every GPU kernel, without a GPU, and hold it to its limits [ARGS=--update]
 	@$(BIN)/python benchmarks/kernels_static.py $(ARGS)
 
-bench: setup  ## Run the benchmarks, short [ARGS=]
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" --quick $(ARGS) || exit 1; done
+bench: setup  ## Time the parts against fixed references and hold the ratios to benchmarks/budgets.json [ARGS=--quick]
+	@$(BIN)/python benchmarks/suite.py --check $(ARGS)
 
 wheel: setup  ## Build the wheel into dist/
 	@rm -rf dist
