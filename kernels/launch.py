@@ -110,8 +110,9 @@ def _c(*configs: tuple[int, int, int, int]) -> tuple[LaunchConfig, ...]:
 
 
 # (kernel, shape class, architectures, the configuration, then what tuning tries besides it). Chosen by compiled code:
-# no spilled register on sm_90 and sm_100, none in a hot loop elsewhere, tensor-core instructions of the architecture,
-# shared memory within its limit. None was timed on a GPU. A class of head sizes is named by its largest.
+# in 16 bits no spilled register on sm_90 and sm_100, none in a hot loop elsewhere, tensor-core instructions of the
+# architecture, shared memory within its limit; fp32 is there to be right, and spills. None was timed on a GPU. A class
+# of head sizes is named by its largest.
 _ROWS: tuple[tuple[str, str, tuple[str, ...], tuple[LaunchConfig, ...]], ...] = (
     ("attention_forward", "tma64", _NEWER, _c((128, 64, 8, 3), (128, 128, 8, 2))),
     ("attention_forward", "tma128", _NEWER, _c((128, 128, 8, 2), (128, 64, 8, 3))),
