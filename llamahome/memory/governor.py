@@ -78,6 +78,9 @@ class MemoryGovernor:
             reading = self.monitor.read()
             self.monitor.reset_peak()
         self.reading = reading
+        if not self._seen:
+            logger.info("%d tokens in a micro-batch: %s predicted, %s measured", micro_batch_tokens,
+                        format_bytes(self.predict(micro_batch_tokens)), format_bytes(reading.peak_bytes))  # fmt: skip
         self._seen.append((micro_batch_tokens, reading.peak_bytes))
         room = self._room()
         fits = self._round(self._tokens_within(_AIM * room))

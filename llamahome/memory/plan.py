@@ -199,9 +199,10 @@ def default_loss_rows(vocabulary: int, device: str = "cpu") -> int:
 
 
 def _gathered(shape: ModelShape, method: Method, element: int) -> int:
-    """FSDP2 holds the weights of the layer at work and of the next one whole; the embeddings are one such unit."""
-    layer = _weights(shape, method, element) - shape.other_parameters * (2 if method == "qlora" else element)
-    return 2 * max(layer // shape.layers, shape.vocabulary * shape.hidden * element)
+    """FSDP2 holds the unit at work and the next one whole, in the compute type; the embeddings are one unit."""
+    layer = shape.linear_parameters // shape.layers
+    packed = int(layer * _NF4_BYTES) if method == "qlora" else layer * element
+    return 2 * max(packed, shape.vocabulary * shape.hidden * element)
 
 
 def _adapter_parameters(shape: ModelShape, adapter: AdapterSettings) -> int:

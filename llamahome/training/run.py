@@ -20,6 +20,7 @@ from llamahome.monitor.progress import Progress
 from llamahome.monitor.report import write_report
 from llamahome.monitor.sinks import MetricSink, build_sinks
 from llamahome.training import checkpoint as checkpoints
+from llamahome.training.calibrate import calibrate
 from llamahome.training.callbacks import Callback, call_all, load_callbacks
 from llamahome.training.checkpoint import TrainingState
 from llamahome.training.evaluate import Evaluation, evaluate_store
@@ -171,6 +172,8 @@ def _go(run: Run, signals: StopSignal) -> None:
         _event(run, {"event": "evaluation", "step": 0, **_eval_fields(run.before)})
         _stop_here(run, signals)
     every = config.eval_steps or run.loop.batches.order.steps_per_epoch
+    for event in calibrate(run.loop):
+        _event(run, event)
     _forget_peak(run)
     for record in run.loop:
         last = state.step == state.total_steps
