@@ -118,8 +118,9 @@ def _seconds(architecture: Any, config: Config, machine: Machine, work: Workload
         return None
     shape, trains_base = model_shape(architecture), config.training.method in ("full", "qat")
     one_expert = replace(shape, experts=1, active_experts=1)  # `mlp` is that of the active ones
+    adapters = 0 if trains_base else machine.ranks * plan.gradients // 4
     flops = training_flops(
-        one_expert.linear_parameters, shape.vocabulary * shape.hidden, adapter_parameters=0 if trains_base else machine.ranks * plan.gradients // 4,
+        one_expert.linear_parameters, shape.vocabulary * shape.hidden, adapter_parameters=adapters,
         trains_base=trains_base,
     )  # fmt: skip
     again = (4 / 3 if trains_base else 3 / 2) if plan.gradient_checkpointing else 1.0

@@ -233,7 +233,7 @@ torch.set_num_threads(1)
 config = dict(model_type="llama", hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
               num_key_value_heads=4, vocab_size=512, tie_word_embeddings=True)
 data = int(open("/proc/self/status").read().split("VmData:")[1].split()[0]) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (data + (300 << 20), -1))
+resource.setrlimit(resource.RLIMIT_DATA, (data + (600 << 20), -1))
 governor = MemoryGovernor(2 << 30, plan_memory(config), MemoryMonitor(), longest_sample=64, step_tokens=2048)
 handler, work, sizes, events = OOMHandler(governor), list(range(32)), [], []
 
@@ -241,7 +241,7 @@ def train(samples, budget):
     done = []
     while samples:
         part, samples = samples[: max(1, budget // 64)], samples[max(1, budget // 64):]
-        torch.ones(64 * len(part), 300_000, dtype=torch.uint8)  # the plan knows nothing of these 300 kB per token
+        torch.ones(64 * len(part), 600_000, dtype=torch.uint8)  # the plan knows nothing of these 600 kB per token
         done += part
     return done
 

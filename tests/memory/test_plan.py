@@ -159,29 +159,25 @@ def test_what_saves_memory_saves_it() -> None:
     assert total(loss_chunk=64) < total(loss_chunk=2048)
 
 
-# Peaks of the resident set on Linux x86 with glibc 2.36, in MB: layers, vocabulary, method, precision, checkpointing,
-# tokens. The plan's shares for the allocator were fitted to these.
+# Peaks of the resident set of fused LoRA runs on Linux x86 with glibc 2.36, in MB: layers, hidden size, MLP width,
+# precision, checkpointing, tokens. The plan's shares for the allocator were fitted to these.
 MEASURED = [
-    (30, 49152, "lora", "bf16", False, 512, 1605), (30, 49152, "lora", "bf16", False, 2048, 3736),
-    (30, 49152, "lora", "bf16", True, 1024, 1189), (30, 49152, "lora", "bf16", True, 4096, 1860),
-    (30, 49152, "lora", "fp32", False, 512, 2587), (6, 8192, "lora", "bf16", False, 2048, 1264),
-    (6, 8192, "lora", "bf16", True, 2048, 864), (6, 8192, "lora", "fp32", False, 2048, 1793),
-    (6, 8192, "lora", "fp32", True, 2048, 1268), (6, 8192, "full", "bf16", False, 512, 1105),
-    (6, 8192, "full", "bf16", True, 1024, 1060), (6, 8192, "full", "fp32", False, 1024, 1346),
+    (30, 576, 1536, "bf16", False, 512, 1219), (30, 576, 1536, "bf16", True, 1024, 1122),
+    (30, 576, 1536, "fp32", False, 512, 1697), (4, 256, 768, "bf16", False, 512, 686),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("layers", "vocabulary", "method", "precision", "checkpointing", "tokens", "megabytes"), MEASURED
-)
+@pytest.mark.parametrize(("layers", "hidden", "mlp", "precision", "checkpointing", "tokens", "megabytes"), MEASURED)
 def test_plan_is_near_what_was_measured(
-    layers: int, vocabulary: int, method: Any, precision: str, checkpointing: bool, tokens: int, megabytes: int
+    layers: int, hidden: int, mlp: int, precision: str, checkpointing: bool, tokens: int, megabytes: int
 ) -> None:
-    config = SMOLLM2 | {"num_hidden_layers": layers, "vocab_size": vocabulary}
-    plan: MemoryPlan = plan_memory(config, method=method, precision=precision, gradient_checkpointing=checkpointing,
-                                   micro_batch_tokens=tokens)  # fmt: skip
-    assert plan.total / 1e6 == pytest.approx(megabytes, rel=0.21)
-    assert plan.live / 1e6 < 1.05 * megabytes
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3} if hidden == 576 else {
+        "num_attention_heads": 8, "num_key_value_heads": 4
+    }  # fmt: skip
+    config = SMOLLM2 | heads | {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": mlp}
+    plan: MemoryPlan = plan_memory(config, precision=precision, gradient_checkpointing=checkpointing,
+                                   micro_batch_tokens=tokens, fused=True)  # fmt: skip
+    assert plan.total / 1e6 == pytest.approx(megabytes, rel=0.1)
 
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "t5", "d_model": 512}, SMOLLM2 | {"vocab_size": None}])
