@@ -97,6 +97,7 @@ def main() -> None:
         assert found == expected, [name for name in found if found[name] != expected[name]]
         shutil.rmtree(disturbed)
         rounds += 1
+        print(f"{killed} kills so far", file=sys.stderr)
     print(f"{killed} kills in {rounds} preparations of {len(expected)} files: same bytes")
 
 
