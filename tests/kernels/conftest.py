@@ -13,19 +13,27 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+
+def _load(name: str) -> ModuleType:
+    """A module beside this file: the folder is no package and on no path, lest it is taken for HF's `kernels`."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 if INTERPRETED:
-    # The folder is no package and on no path, so that it is never taken for Hugging Face's `kernels`.
-    spec = importlib.util.spec_from_file_location("interpreter_bf16", Path(__file__).with_name("interpreter_bf16.py"))
-    shim = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(shim)
-    shim.install()
+    _load("interpreter_bf16").install()
+    _load("against_float64")
 
 
 @pytest.fixture
