@@ -11,6 +11,7 @@ import torch
 
 from llamahome.errors import NonFiniteError
 from llamahome.memory.governor import MemoryGovernor
+from llamahome.memory.gpu import saving_in_host_memory
 from llamahome.memory.oom import OOMHandler, is_oom
 from llamahome.model.adapters import without_input_casts
 from llamahome.monitor.metrics import MetricsCollector, StepRecord
@@ -132,7 +133,8 @@ class TrainingLoop:
                 self.on_event(event)
 
     def _forward(self, batch: Any) -> torch.Tensor:
-        with self.precision.autocast():
+        offload = self.governor is not None and self.governor.plan.offload
+        with self.precision.autocast(), saving_in_host_memory(offload, self.precision.device):
             return self.objective(batch)
 
     def _budget(self) -> int | None:

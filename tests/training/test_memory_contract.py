@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -128,3 +129,20 @@ def test_a_probe_that_fails_makes_the_cut_smaller(make_model: Any, store: Any) -
 
 def test_there_is_no_probe_where_memory_is_plenty(make_model: Any, store: Any) -> None:
     assert list(calibrate(loop_of(make_model(), store, governor=governed(40 * GB, store)))) == []
+
+
+def test_activations_that_are_moved_away_give_the_same_gradients(make_model: Any, store: Any, whole: Any) -> None:
+    """On a CPU they only move to other memory of it, by the same code."""
+    governor = governed(8 * GB, store)
+    governor.plan = replace(governor.plan, offload=True)
+    loop, moved = loop_of(make_model(), store, governor=governor), []
+    save = torch.autograd.graph.save_on_cpu.__init__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        moved.append(1)
+        save(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd.graph.save_on_cpu, "__init__", counted)
+        assert_same(outcome(loop), whole)
+    assert moved
