@@ -19,6 +19,7 @@ from llamahome.data.prepare import Prepared, prepare
 from llamahome.data.report import unpack_place
 from llamahome.data.store import TokenStore
 from llamahome.errors import ConfigError, MissingError, ModelError, UsageError
+from llamahome.memory.flops import training_flops
 from llamahome.memory.governor import MemoryGovernor
 from llamahome.memory.ladder import Rung, climb, rungs
 from llamahome.memory.monitor import MemoryMonitor, format_bytes, resolve_limit
@@ -39,7 +40,7 @@ from llamahome.model.load import (
 )
 from llamahome.monitor.metrics import MetricsCollector, load_metrics
 from llamahome.monitor.resources import ResourceMonitor
-from llamahome.monitor.tracker import PerformanceTracker, measure_matmul_peak, training_flops
+from llamahome.monitor.tracker import PerformanceTracker, measure_matmul_peak
 from llamahome.training import checkpoint as checkpoints
 from llamahome.training.checkpoint import TrainingState
 from llamahome.training.host import keep_freed_memory, set_threads, use_compile_cache
