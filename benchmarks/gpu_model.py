@@ -11,7 +11,7 @@ import torch
 from gpu_kernels import SAMPLES, Shape
 
 from llamahome.model import attention
-from llamahome.monitor.tracker import TrainingFlops, training_flops
+from llamahome.memory.flops import TrainingFlops, training_flops
 from llamahome.training.objective import Objective, flat_row
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

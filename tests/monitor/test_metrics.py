@@ -12,7 +12,8 @@ import pytest
 from llamahome.errors import ConfigError
 from llamahome.memory.monitor import MemoryReading
 from llamahome.monitor.metrics import FIELDS, MetricsCollector, load_metrics
-from llamahome.monitor.tracker import PerformanceTracker, TrainingFlops
+from llamahome.memory.flops import TrainingFlops
+from llamahome.monitor.tracker import PerformanceTracker
 
 DOCUMENTED = """
 step epoch loss learning_rate grad_norm tokens trained_tokens padding_tokens tokens_per_second

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from llamahome.monitor.tracker import PerformanceTracker, TrainingFlops, measure_matmul_peak, training_flops
+from llamahome.memory.flops import TrainingFlops, training_flops
+from llamahome.monitor.tracker import PerformanceTracker, measure_matmul_peak
 
 
 def test_nothing_is_known_before_the_first_step() -> None:
