@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from gpu_kernels import SAMPLES, Shape
 
-from llamahome.model import attention
 from llamahome.memory.flops import TrainingFlops, training_flops
+from llamahome.model import attention
 from llamahome.training.objective import Objective, flat_row
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from llamahome.errors import ConfigError
+from llamahome.memory.flops import TrainingFlops
 from llamahome.memory.monitor import MemoryReading
 from llamahome.monitor.metrics import FIELDS, MetricsCollector, load_metrics
-from llamahome.memory.flops import TrainingFlops
 from llamahome.monitor.tracker import PerformanceTracker
 
 DOCUMENTED = """
