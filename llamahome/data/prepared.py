@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import logging
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], DataReport]:
     path = folder / REPORT
     try:
         with path.open("rb") as file:
-            text = file.read(_MAX_BYTES)
+            # Python makes a buffer of what is asked for before it reads.
+            text = file.read(min(_MAX_BYTES, os.fstat(file.fileno()).st_size))
     except (FileNotFoundError, NotADirectoryError):
         what, fix = "the folder holds no prepared data", "name a folder made by llamahome data prepare"
         if (folder / JOURNAL).exists():
