@@ -2,8 +2,9 @@
 
 Work and memory are proportional to the sum of squared sample lengths: no T x T mask exists, and no token sees
 another sample. Saved for backward: q, k, v, the output and the log-sum-exp (FlashAttention-2, arXiv 2307.08691).
-On a GPU it runs the Triton kernels of `attention_triton.py`, or torch's FlashAttention where that is faster; on a CPU
-ATen's flash kernel, sample by sample, or the same Triton kernels under TRITON_INTERPRET=1.
+On a GPU it runs the Triton kernels of `attention_triton.py`, or torch's FlashAttention where that is faster and gives
+the same bits each time; on a CPU ATen's flash kernel, sample by sample, or the same Triton kernels under
+TRITON_INTERPRET=1.
 
 Shapes: T tokens, Hq query heads, Hk key and value heads (Hq a multiple of Hk), D head size.
 """
@@ -81,17 +82,20 @@ def varlen_attention(
 
 
 def prefers_library(q: Tensor, cu_seqlens: Tensor, window: int, softcap: float) -> bool:
-    """Whether torch's own `varlen_attn` (FlashAttention) does better than the Triton kernels.
+    """Whether torch's `varlen_attn` (FlashAttention) does better than the Triton kernels, with the same bits each time.
 
     By published and counted figures, not measured here: its backward pass does 5 matrix products where ours does 7, on
-    NVIDIA from sm_80. It starts programs for T rows of every sample, so only samples of at least 1,024 tokens on
-    average; and its dQ is summed in no fixed order, so not under `torch.use_deterministic_algorithms`.
+    NVIDIA from sm_80. But it sums dQ in no fixed order, and a resumed training must give the same bits, so where a
+    gradient is asked for only under `torch.use_deterministic_algorithms`, which fixes the order. It starts programs
+    for T rows of every sample, so only samples of at least 1,024 tokens on average.
     """
+    trains = torch.is_grad_enabled() and q.requires_grad
     return (
         q.device.type == "cuda"
         and torch.version.hip is None
         and q.dtype in (torch.bfloat16, torch.float16)
-        and not (window or softcap or torch.are_deterministic_algorithms_enabled())
+        and not (window or softcap)
+        and (not trains or torch.are_deterministic_algorithms_enabled())
         and q.shape[2] % 8 == 0
         and q.shape[2] <= 256
         and q.shape[0] >= 1024 * (cu_seqlens.shape[0] - 1)

@@ -185,15 +185,21 @@ def test_the_librarys_attention_leaves_the_tail_zero(tail, monkeypatch):
         assert not a[19:].any()
 
 
-def test_the_library_is_for_nvidia_and_long_plain_samples(monkeypatch):
-    def prefers(tokens=8192, samples=4, size=128, window=0, softcap=0.0, dtype=torch.bfloat16, device="cuda"):
-        q = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(tokens, 32, size))
+def test_the_library_is_for_nvidia_and_long_plain_samples_and_never_costs_the_same_bits(monkeypatch):
+    def prefers(
+        tokens=8192, samples=4, size=128, window=0, softcap=0.0, dtype=torch.bfloat16, device="cuda", trains=False
+    ):
+        q = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(tokens, 32, size), requires_grad=trains)
         return attention.prefers_library(q, torch.empty(samples + 1), window, softcap)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert prefers()
     refused = [{"samples": 9}, {"size": 100}, {"size": 264}, {"window": 512}, {"softcap": 30.0}]
-    refused += [{"dtype": torch.float32}, {"device": "cpu"}]
+    refused += [{"dtype": torch.float32}, {"device": "cpu"}, {"trains": True}]
     assert not any(prefers(**change) for change in refused)
+    with torch.no_grad():
+        assert prefers(trains=True)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert prefers(trains=True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert not prefers()
