@@ -19,23 +19,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from llamahome.kernels.mlp import Activation, gated_backward, gated_forward
+from llamahome.kernels.launch import use_triton
+from llamahome.kernels.lora_products import (
+    LoraWeights,
+    drops,
+    input_gradient,
+    outputs,
+    project,
+    project_backward,
+    through_b,
+    weight_gradients,
+)
+from llamahome.kernels.mlp import Activation, GatedLora, gated_backward, gated_forward
 from llamahome.kernels.norm import rms_norm_apply, rms_norm_backward, rms_norm_forward, rms_norm_reference
-
-
-class LoraWeights(NamedTuple):
-    """A linear layer and its adapter: y = x @ weight.T + bias + scaling * dropout(x) @ a.T @ b.T."""
-
-    weight: Tensor  # [N, K]
-    bias: Tensor | None = None  # [N]
-    a: Tensor | None = None  # [r, K]; None without an adapter
-    b: Tensor | None = None  # [N, r]
-    scaling: float = 1.0
-    dropout: float = 0.0  # probability; 0 outside of training
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.a is None else self.a.shape[0]
 
 
 class NormWeights(NamedTuple):
@@ -48,10 +44,10 @@ class NormWeights(NamedTuple):
 
 def lora_linear_reference(x: Tensor, lora: LoraWeights) -> Tensor:
     """The plain definition, differentiable; the same result as `lora_linear`, dropout drawn in the same order."""
-    y = F.linear(x, lora.weight, lora.bias)
-    if lora.a is None or lora.b is None:
-        return y
-    return y + F.linear(F.linear(F.dropout(x, lora.dropout), lora.a), lora.b) * lora.scaling
+    y: Tensor = F.linear(x, lora.weight, lora.bias)
+    if lora.a is not None and lora.b is not None:
+        y = y + F.linear(F.linear(F.dropout(x, lora.dropout), lora.a), lora.b) * lora.scaling
+    return y
 
 
 def norm_lora_linears_reference(x: Tensor, norm: NormWeights | None, loras: Sequence[LoraWeights]) -> list[Tensor]:
@@ -71,8 +67,26 @@ def lora_mlp_reference(
 
 
 def lora_linear(x: Tensor, lora: LoraWeights, residual: Tensor | None = None) -> Tensor:
-    """x [T, K] -> [T, N], plus `residual` [T, N] where given. Saves x and x @ a.T. Differentiable once."""
-    return _linear(x, residual, *_flatten([lora], x))
+    """x [T, K] -> [T, N], plus `residual` [T, N] where given. Saves x and x @ a.T. Differentiable once.
+
+    On a GPU, up to 256 rows without a gradient (a model that answers) are one kernel.
+    """
+    options, tensors = _flatten([lora], x)
+    if lora.a is not None and lora.b is not None and _is_small(x, lora):
+        from llamahome.kernels.lora_triton import lora_linear as small
+
+        y: Tensor = small(x.to(options[2]), lora.weight, lora.bias, lora.a, lora.b, lora.scaling)[0]
+        return y if residual is None else residual + y
+    return _linear(x, residual, options, tensors)
+
+
+def _is_small(x: Tensor, lora: LoraWeights) -> bool:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not use_triton(x) or lora.dropout:
+        return False
+    from llamahome.kernels.lora_triton import fits
+
+    few: bool = fits(x)
+    return few
 
 
 def norm_lora_linears(x: Tensor, norm: NormWeights | None, loras: Sequence[LoraWeights]) -> tuple[Tensor, ...]:
@@ -136,7 +150,8 @@ class _Linear(torch.autograd.Function):
         ctx, x: Tensor, residual: Tensor | None, options: _Options, *tensors: Tensor | None,  # noqa: ANN001
     ) -> Tensor:  # fmt: skip
         loras = _unflatten(tensors, options)
-        (out,), xa, masks = _project(x.to(options[2]), loras, residual)
+        out: Tensor
+        (out,), xa, masks = project(x.to(options[2]), loras, residual)
         ctx.save_for_backward(x, xa, *tensors, *masks)
         ctx.options, ctx.residual_dtype = options, None if residual is None else residual.dtype
         return out
@@ -146,7 +161,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, d_out: Tensor):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
         (x, xa), loras, masks = _saved(ctx, 2)
         y, d_low = x.to(ctx.options[2]), d_out.to(ctx.options[2])
-        d_x, grads = _project_backward([d_low], y, xa, loras, masks, ctx.needs_input_grad[3:], ctx.needs_input_grad[0])
+        d_x, grads = project_backward([d_low], y, xa, loras, masks, ctx.needs_input_grad[3:], ctx.needs_input_grad[0])
         d_residual = d_out.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None
         return None if d_x is None else d_x.to(x.dtype), d_residual, None, *grads
 
@@ -158,7 +173,7 @@ class _NormLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         loras = _unflatten(tensors, options)
         y, rstd = _normalised(x, norm, eps, offset)
-        outs, xa, masks = _project(y.to(options[2]), loras)
+        outs, xa, masks = project(y.to(options[2]), loras)
         ctx.save_for_backward(x, norm, rstd, xa, *tensors, *masks)
         ctx.options, ctx.offset = options, offset
         return tuple(outs)
@@ -170,7 +185,7 @@ class _NormLinears(torch.autograd.Function):
         need_x, need_norm = ctx.needs_input_grad[:2]
         y = x if norm is None else rms_norm_apply(x, norm, rstd, ctx.offset)
         d_low = [d_out.to(ctx.options[2]) for d_out in d_outs]
-        d_y, grads = _project_backward(
+        d_y, grads = project_backward(
             d_low, y.to(ctx.options[2]), xa, loras, masks, ctx.needs_input_grad[5:], need_x or need_norm
         )
         d_x, d_norm = _norm_backward(d_y, x, norm, rstd, ctx.offset, need_norm, None)
@@ -185,9 +200,11 @@ class _Mlp(torch.autograd.Function):
         eps, offset, activation, residual, recompute = flags
         *gates, down = _unflatten(tensors, options)
         y, rstd = _normalised(x, norm, eps, offset)
-        outs, xa, masks = _project(y.to(options[2]), gates)
-        h = gated_forward(*_halves(outs), activation)
-        (out,), xa_down, mask_down = _project(h, [down], x if residual else None)
+        bare = _bare(x, gates)
+        outs, xa, masks = project(y.to(options[2]), bare)
+        h = gated_forward(*_halves(outs), activation, _update(bare, gates, xa))
+        out: Tensor
+        (out,), xa_down, mask_down = project(h, [down], x if residual else None)
         ctx.count = 0 if recompute else len(outs)
         ctx.save_for_backward(x, norm, rstd, xa, xa_down, *outs[: ctx.count], *tensors, *masks, *mask_down)
         ctx.options, ctx.flags = options, flags
@@ -202,18 +219,18 @@ class _Mlp(torch.autograd.Function):
         needs, dtype = ctx.needs_input_grad[4:], ctx.options[2]
         *gates, down = loras
         y = (x if norm is None else rms_norm_apply(x, norm, rstd, offset)).to(dtype)
-        if not outs:
-            outs = _outputs(y, xa, gates)
-        e, g = _halves(outs)
+        bare = _bare(x, gates)
+        e, g = _halves(outs or outputs(y, xa, bare))
         d_low = d_out.to(dtype)
-        d_h = _input_gradient([d_low], [down], masks[-1:])
-        h, d_e, d_g = gated_backward(d_h, e, g, activation)
+        d_xa = through_b([d_low], [down])
+        d_h = input_gradient([d_low], d_xa, [down], masks[-1:])
+        h, d_e, d_g = gated_backward(d_h, e, g, activation, _update(bare, gates, xa))
         split = 4 * len(gates)
-        grads_down = _weight_gradients([d_low], h, xa_down, [down], masks[-1:], needs[split:])
+        grads_down = weight_gradients([d_low], d_xa, h, xa_down, [down], masks[-1:], needs[split:])
         del d_h, h, e, g, outs
         d_outs = [d_e, d_g] if len(gates) == 2 else [torch.cat((d_e, d_g), -1)]
         del d_e, d_g
-        d_y, grads = _project_backward(d_outs, y, xa, gates, masks[:-1], needs[:split], need_x or need_norm)
+        d_y, grads = project_backward(d_outs, y, xa, gates, masks[:-1], needs[:split], need_x or need_norm)
         d_x, d_norm = _norm_backward(d_y, x, norm, rstd, offset, need_norm, d_out if residual else None)
         return d_x, d_norm, None, None, *grads, *grads_down
 
@@ -240,11 +257,22 @@ def _saved(ctx: Any, count: int) -> tuple[tuple[Tensor, ...], list[LoraWeights],
     end = count + 4 * len(ctx.options[0])
     loras = _unflatten(tensors[count:end], ctx.options)
     drawn = iter(tensors[end:])
-    return tensors[:count], loras, [next(drawn) if _drops(lora) else None for lora in loras]
+    return tensors[:count], loras, [next(drawn) if drops(lora) else None for lora in loras]
 
 
-def _drops(lora: LoraWeights) -> bool:
-    return lora.a is not None and lora.dropout > 0
+def _bare(x: Tensor, gates: list[LoraWeights]) -> list[LoraWeights]:
+    """gate and up without their B where the Triton kernel that reads their products adds the rank-r parts itself."""
+    absorbs = use_triton(x) and len(gates) == 2 and gates[0].rank == gates[1].rank > 0
+    return [lora._replace(b=None) for lora in gates] if absorbs else gates
+
+
+def _update(bare: list[LoraWeights], gates: list[LoraWeights], xa: Tensor | None) -> GatedLora | None:
+    """The rank-r parts that `bare` lacks."""
+    gate, up = gates[0], gates[-1]
+    if bare is gates or xa is None or gate.b is None or up.b is None:
+        return None
+    xa_gate, xa_up = xa.chunk(2, -1)
+    return GatedLora(xa_gate, gate.b, xa_up, up.b, gate.scaling, up.scaling)
 
 
 def _halves(outs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -271,116 +299,3 @@ def _norm_backward(
         return (d_x if d_residual is None else d_x + d_residual), None
     grads: tuple[Tensor, Tensor | None] = rms_norm_backward(d_y, x, norm, rstd, offset, need_weight, d_residual)
     return grads
-
-
-def _project(
-    y: Tensor, loras: list[LoraWeights], residual: Tensor | None = None
-) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
-    """Each projection of y [T, K], y @ [a, ...].T as one [T, R] (None without adapters), and dropout masks [T, K]."""
-    adapted = [lora for lora in loras if lora.a is not None]
-    masks: list[Tensor] = []
-    xa = None
-    if any(map(_drops, adapted)):
-        parts = []
-        for lora in adapted:
-            dropped = y
-            if lora.dropout:
-                dropped, mask = torch.native_dropout(y, lora.dropout, True)
-                masks.append(mask)
-            parts.append(F.linear(dropped, lora.a))  # type: ignore[arg-type]
-        xa = torch.cat(parts, -1)
-    elif adapted:
-        xa = F.linear(y, _stacked(adapted))
-    return _outputs(y, xa, loras, residual), xa, masks
-
-
-def _outputs(y: Tensor, xa: Tensor | None, loras: list[LoraWeights], residual: Tensor | None = None) -> list[Tensor]:
-    """Each projection of y, the A matrices' products given; `residual` is added in the product's own accumulator."""
-    parts = iter(() if xa is None else torch.split(xa, [lora.rank for lora in loras if lora.a is not None], -1))
-    outs = []
-    for lora in loras:
-        if residual is not None and residual.dtype == y.dtype and lora.bias is None:
-            out = torch.addmm(residual, y, lora.weight.T)
-        else:
-            out = F.linear(y, lora.weight, lora.bias)
-        if lora.b is not None:
-            out = torch.addmm(out, next(parts), lora.b.T, alpha=lora.scaling)
-        if residual is not None and (residual.dtype != y.dtype or lora.bias is not None):
-            out = residual + out
-        outs.append(out)
-    return outs
-
-
-def _project_backward(
-    d_outs: list[Tensor], y: Tensor, xa: Tensor | None, loras: list[LoraWeights], masks: list[Tensor | None],
-    needs: Sequence[bool], need_input: bool,
-) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """(d y or None, the gradients of all tensors of the group in `_flatten`'s order)."""
-    grads = _weight_gradients(d_outs, y, xa, loras, masks, needs)
-    return _input_gradient(d_outs, loras, masks) if need_input else None, grads
-
-
-def _input_gradient(d_outs: list[Tensor], loras: list[LoraWeights], masks: list[Tensor | None]) -> Tensor:
-    total = None
-    for d_out, lora in zip(d_outs, loras, strict=True):
-        total = d_out @ lora.weight if total is None else torch.addmm(total, d_out, lora.weight)
-    assert total is not None
-    d_xa = _through_b(d_outs, loras)
-    if d_xa is None:
-        return total
-    if all(mask is None for mask in masks):
-        return torch.addmm(total, d_xa, _stacked([lora for lora in loras if lora.a is not None]))
-    adapted = [(lora, mask) for lora, mask in zip(loras, masks, strict=True) if lora.a is not None]
-    for part, (lora, mask) in zip(torch.split(d_xa, [lora.rank for lora, _ in adapted], -1), adapted, strict=True):
-        total = total + _undropped(part @ lora.a, mask, lora.dropout)  # type: ignore[operator]
-    return total
-
-
-def _weight_gradients(
-    d_outs: list[Tensor], y: Tensor, xa: Tensor | None, loras: list[LoraWeights], masks: list[Tensor | None],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of weight, bias, a and b of each projection; None where none is needed."""
-    ranks = [lora.rank for lora in loras if lora.a is not None]
-    d_as = iter(_a_gradients(d_outs, y, loras, masks) if any(needs[2::4]) else [None] * len(ranks))
-    parts = iter(() if xa is None else torch.split(xa, ranks, -1))
-    grads: list[Tensor | None] = []
-    for i, (d_out, lora) in enumerate(zip(d_outs, loras, strict=True)):
-        need_weight, need_bias, need_a, need_b = needs[4 * i : 4 * i + 4]
-        grads.append(d_out.T @ y if need_weight else None)
-        grads.append(d_out.sum(0) if need_bias else None)
-        d_a, part = (None, None) if lora.a is None else (next(d_as), next(parts))
-        grads.append(d_a if need_a else None)
-        grads.append((d_out.T @ part) * lora.scaling if need_b and part is not None else None)
-    return grads
-
-
-def _a_gradients(
-    d_outs: list[Tensor], y: Tensor, loras: list[LoraWeights], masks: list[Tensor | None]
-) -> Sequence[Tensor | None]:
-    """d a of each adapter: one product over the shared input, or one each where their dropout differs."""
-    d_xa = _through_b(d_outs, loras)
-    if d_xa is None:
-        return []
-    adapted = [(lora, mask) for lora, mask in zip(loras, masks, strict=True) if lora.a is not None]
-    ranks = [lora.rank for lora, _ in adapted]
-    if all(mask is None for mask in masks):
-        return torch.split(d_xa.T @ y, ranks)
-    split = zip(torch.split(d_xa, ranks, -1), adapted, strict=True)
-    return [part.T @ _undropped(y, mask, lora.dropout) for part, (lora, mask) in split]
-
-
-def _through_b(d_outs: list[Tensor], loras: list[LoraWeights]) -> Tensor | None:
-    """The gradient of x @ [a, ...].T, [T, R]; None without adapters."""
-    parts = [(d_out @ lora.b) * lora.scaling for d_out, lora in zip(d_outs, loras, strict=True) if lora.b is not None]
-    return torch.cat(parts, -1) if parts else None
-
-
-def _undropped(x: Tensor, mask: Tensor | None, probability: float) -> Tensor:
-    return x if mask is None else x * mask * (1 / (1 - probability))
-
-
-def _stacked(adapted: list[LoraWeights]) -> Tensor:
-    """[a, ...] of one group, [R, K]."""
-    matrices = [lora.a for lora in adapted if lora.a is not None]
-    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from against_float64 import DTYPES, check, error, random, strided
 
-from llamahome.kernels import linear_cross_entropy, linear_cross_entropy_reference, lora_triton, loss_triton
+from llamahome.kernels import linear_cross_entropy, linear_cross_entropy_reference, lora_triton, loss_triton, mlp_triton
+from llamahome.kernels.lora import LoraWeights, NormWeights, lora_linear, lora_mlp, lora_mlp_reference
 
 pytestmark = pytest.mark.usefixtures("uninitialized_is_nan")
 
@@ -117,6 +118,56 @@ def test_which_inputs_are_few_rows():
     assert not lora_triton.fits(torch.zeros(257, 8))
     assert not lora_triton.fits(torch.zeros(0, 8))
     assert not lora_triton.fits(torch.zeros(4, 8, dtype=torch.float64))
+
+
+def test_lora_linear_takes_the_one_kernel_where_no_gradient_is_asked_for(monkeypatch):
+    x, residual = random(7, 40).float(), random(7, 24, seed=5).float()
+    lora = LoraWeights(*(random(*shape, seed=i).float() for i, shape in enumerate([(24, 40), (24,), (4, 40), (24, 4)])))
+    rows = lora_linear(x, lora, residual)
+    seen = []
+    small = lora_triton.lora_linear
+    monkeypatch.setattr(lora_triton, "lora_linear", lambda *given: seen.append(given) or small(*given))
+    lora_linear(x, lora, residual)
+    assert not seen
+    with torch.no_grad():
+        torch.testing.assert_close(lora_linear(x, lora, residual), rows, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("ranks", [(4, 4), (4, 8)])
+def test_the_mlp_lets_the_gated_unit_add_the_updates_of_gate_and_up(ranks, recompute, monkeypatch):
+    rows, hidden, width = 19, 24, 40
+    seeds = iter(range(1, 20))
+
+    def weights(n, k, rank):
+        a, b = (random(*shape, seed=next(seeds)).mul(k**-0.5).float() for shape in ((rank, k), (n, rank)))
+        return LoraWeights(random(n, k, seed=next(seeds)).mul(k**-0.5).float(), None, a, b, 0.5)
+
+    loras = [weights(width, hidden, ranks[0]), weights(width, hidden, ranks[1]), weights(hidden, width, 4)]
+    absorbed = []
+    forward = mlp_triton.forward
+    monkeypatch.setattr(mlp_triton, "forward", lambda e, g, a, lora: absorbed.append(lora) or forward(e, g, a, lora))
+
+    def run(function, dtype, **options):
+        x = random(rows, hidden).float().to(dtype).requires_grad_()
+        low = [
+            lora._replace(
+                weight=lora.weight.to(dtype),
+                a=lora.a.to(dtype).requires_grad_(),
+                b=lora.b.to(dtype).requires_grad_(),
+            )
+            for lora in loras
+        ]
+        norm = NormWeights(random(hidden, seed=30).float().to(dtype), 1e-6)
+        y = function(x, norm, low[:2], low[2], residual=True, **options)
+        inputs = [x, *(tensor for lora in low for tensor in (lora.a, lora.b))]
+        return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    exact = run(lora_mlp_reference, torch.float64)
+    for ours, truth in zip(run(lora_mlp, torch.float32, recompute=recompute), exact, strict=True):
+        assert error(ours, truth) < 2e-6
+    assert (absorbed[0] is not None) == (ranks[0] == ranks[1])
 
 
 @pytest.mark.slow

@@ -55,7 +55,8 @@ class TestReal:
         after = monitor.read()
         assert during.used_bytes - before.used_bytes > 70 * MB
         assert after.used_bytes < during.used_bytes - 70 * MB
-        assert after.peak_bytes >= during.used_bytes
+        # The kernel counts pages per processor and adds them up late: a megabyte of the two may differ.
+        assert after.peak_bytes >= during.used_bytes - MB
 
     @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
     def test_peak_can_begin_anew(self) -> None:

@@ -1,0 +1,148 @@
+"""The products of a group of LoRA linear layers over one input, forward and backward, without autograd.
+
+The arithmetic of `lora.py`: A matrices laid one upon the other, so that the input is read once, and gradients in an
+order that makes no matrix of a weight's size unless the weight itself is trained. Shapes as there; R is the group's
+rank in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class LoraWeights(NamedTuple):
+    """A linear layer and its adapter: y = x @ weight.T + bias + scaling * dropout(x) @ a.T @ b.T."""
+
+    weight: Tensor  # [N, K]
+    bias: Tensor | None = None  # [N]
+    a: Tensor | None = None  # [r, K]; None without an adapter
+    b: Tensor | None = None  # [N, r]
+    scaling: float = 1.0
+    dropout: float = 0.0  # probability; 0 outside of training
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.a is None else self.a.shape[0]
+
+
+def drops(lora: LoraWeights) -> bool:
+    return lora.a is not None and lora.dropout > 0
+
+
+def project(
+    y: Tensor, loras: list[LoraWeights], residual: Tensor | None = None
+) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
+    """Each projection of y [T, K], y @ [a, ...].T as one [T, R] (None without adapters), and dropout masks [T, K]."""
+    adapted = [lora for lora in loras if lora.a is not None]
+    masks: list[Tensor] = []
+    xa = None
+    if any(map(drops, adapted)):
+        parts = []
+        for lora in adapted:
+            dropped = y
+            if lora.dropout:
+                dropped, mask = torch.native_dropout(y, lora.dropout, True)
+                masks.append(mask)
+            parts.append(F.linear(dropped, lora.a))  # type: ignore[arg-type]
+        xa = torch.cat(parts, -1)
+    elif adapted:
+        xa = F.linear(y, _stacked(adapted))
+    return outputs(y, xa, loras, residual), xa, masks
+
+
+def outputs(y: Tensor, xa: Tensor | None, loras: list[LoraWeights], residual: Tensor | None = None) -> list[Tensor]:
+    """Each projection of y, the A matrices' products given; `residual` is added in the product's own accumulator."""
+    parts = iter(() if xa is None else torch.split(xa, [lora.rank for lora in loras if lora.a is not None], -1))
+    outs = []
+    for lora in loras:
+        if residual is not None and residual.dtype == y.dtype and lora.bias is None:
+            out = torch.addmm(residual, y, lora.weight.T)
+        else:
+            out = F.linear(y, lora.weight, lora.bias)
+        if lora.b is not None:
+            out = torch.addmm(out, next(parts), lora.b.T, alpha=lora.scaling)
+        if residual is not None and (residual.dtype != y.dtype or lora.bias is not None):
+            out = residual + out
+        outs.append(out)
+    return outs
+
+
+def project_backward(
+    d_outs: list[Tensor], y: Tensor, xa: Tensor | None, loras: list[LoraWeights], masks: list[Tensor | None],
+    needs: Sequence[bool], need_input: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """(d y or None, the gradients of all tensors of the group in `_flatten`'s order)."""
+    d_xa = through_b(d_outs, loras)
+    grads = weight_gradients(d_outs, d_xa, y, xa, loras, masks, needs)
+    return input_gradient(d_outs, d_xa, loras, masks) if need_input else None, grads
+
+
+def input_gradient(
+    d_outs: list[Tensor], d_xa: Tensor | None, loras: list[LoraWeights], masks: list[Tensor | None]
+) -> Tensor:
+    total = None
+    for d_out, lora in zip(d_outs, loras, strict=True):
+        total = d_out @ lora.weight if total is None else torch.addmm(total, d_out, lora.weight)
+    assert total is not None
+    if d_xa is None:
+        return total
+    if all(mask is None for mask in masks):
+        return torch.addmm(total, d_xa, _stacked([lora for lora in loras if lora.a is not None]))
+    adapted = [(lora, mask) for lora, mask in zip(loras, masks, strict=True) if lora.a is not None]
+    for part, (lora, mask) in zip(torch.split(d_xa, [lora.rank for lora, _ in adapted], -1), adapted, strict=True):
+        total = total + _undropped(part @ lora.a, mask, lora.dropout)  # type: ignore[operator]
+    return total
+
+
+def weight_gradients(
+    d_outs: list[Tensor], d_xa: Tensor | None, y: Tensor, xa: Tensor | None, loras: list[LoraWeights],
+    masks: list[Tensor | None], needs: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of weight, bias, a and b of each projection; None where none is needed."""
+    ranks = [lora.rank for lora in loras if lora.a is not None]
+    d_as = iter(_a_gradients(d_xa, y, loras, masks) if any(needs[2::4]) else [None] * len(ranks))
+    parts = iter(() if xa is None else torch.split(xa, ranks, -1))
+    grads: list[Tensor | None] = []
+    for i, (d_out, lora) in enumerate(zip(d_outs, loras, strict=True)):
+        need_weight, need_bias, need_a, need_b = needs[4 * i : 4 * i + 4]
+        grads.append(d_out.T @ y if need_weight else None)
+        grads.append(d_out.sum(0) if need_bias else None)
+        d_a, part = (None, None) if lora.a is None else (next(d_as), next(parts))
+        grads.append(d_a if need_a else None)
+        grads.append((d_out.T @ part) * lora.scaling if need_b and part is not None else None)
+    return grads
+
+
+def _a_gradients(
+    d_xa: Tensor | None, y: Tensor, loras: list[LoraWeights], masks: list[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """d a of each adapter: one product over the shared input, or one each where their dropout differs."""
+    if d_xa is None:
+        return []
+    adapted = [(lora, mask) for lora, mask in zip(loras, masks, strict=True) if lora.a is not None]
+    ranks = [lora.rank for lora, _ in adapted]
+    if all(mask is None for mask in masks):
+        return torch.split(d_xa.T @ y, ranks)
+    split = zip(torch.split(d_xa, ranks, -1), adapted, strict=True)
+    return [part.T @ _undropped(y, mask, lora.dropout) for part, (lora, mask) in split]
+
+
+def through_b(d_outs: list[Tensor], loras: list[LoraWeights]) -> Tensor | None:
+    """The gradient of x @ [a, ...].T, [T, R]; None without adapters."""
+    parts = [(d_out @ lora.b) * lora.scaling for d_out, lora in zip(d_outs, loras, strict=True) if lora.b is not None]
+    return torch.cat(parts, -1) if parts else None
+
+
+def _undropped(x: Tensor, mask: Tensor | None, probability: float) -> Tensor:
+    return x if mask is None else x * mask * (1 / (1 - probability))
+
+
+def _stacked(adapted: list[LoraWeights]) -> Tensor:
+    """[a, ...] of one group, [R, K]."""
+    matrices = [lora.a for lora in adapted if lora.a is not None]
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
