@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Imported on the way where it is installed, torchao reports each of its files for other GPUs and versions of Python.
-_TALKATIVE = ("torchao", "torch.utils._pytree")
+# Imported on the way where they are installed, they report what is there for other processors and versions of Python.
+_TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 
 @contextmanager
