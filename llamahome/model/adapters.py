@@ -36,7 +36,8 @@ def apply_adapter(model: Any, config: Config) -> Any:
         return model.requires_grad_(True)
     if method != "lora":
         raise ConfigError(f"the method {method!r} is not available", where="training.method", fix="use lora or full")
-    from peft import LoraConfig, get_peft_model
+    with quiet_transformers():
+        from peft import LoraConfig, get_peft_model
 
     lora, source = config.lora, source_of(model)
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
@@ -160,7 +161,8 @@ def read_adapter(model: PeftModel, folder: Path) -> None:
 
 def attach_adapter(model: Any, folder: Path) -> PeftModel:
     """The base model with the LoRA adapter of `folder` on it, frozen. Raises: ModelError."""
-    from peft import LoraConfig, PeftModel
+    with quiet_transformers():
+        from peft import LoraConfig, PeftModel
 
     path = folder / ADAPTER_CONFIG
     if (kind := read_json(path).get("peft_type")) != "LORA":
