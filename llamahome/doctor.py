@@ -80,10 +80,10 @@ def _libraries(_config: Config) -> Finding:
 def _device(config: Config) -> Finding:
     import torch
 
+    from llamahome.training.host import usable_cores
     from llamahome.training.setup import resolve_device
 
-    device = resolve_device(config)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    device, cores = resolve_device(config), usable_cores()
     if device.type != "cuda":
         return Finding("device", "good", f"CPU with {cores} usable cores, no GPU in use")
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]

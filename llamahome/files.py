@@ -89,7 +89,7 @@ def remove_leftovers(folder: Path, *, locked: bool = False) -> None:
     """
     for path in folder.glob(".*"):
         found = _LEFTOVER.fullmatch(path.name)
-        if not found or (not locked and _runs(int(found["pid"]))):
+        if not found or (not locked and process_runs(int(found["pid"]))):
             continue
         if found["mark"] == _REPLACED and not (folder / found["name"]).exists():
             path.rename(folder / found["name"])
@@ -153,7 +153,8 @@ def _fix(error: OSError) -> str:
             return "check the disk"
 
 
-def _runs(pid: int) -> bool:
+def process_runs(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamahome.errors import UsageError
+from llamahome.files import process_runs
 
 if TYPE_CHECKING:
     from llamahome.monitor.progress import Progress
@@ -89,15 +90,7 @@ def is_running(folder: Path) -> bool:
         holder = _HOLDER.fullmatch((folder / ".lock").read_text().strip())
     except OSError:
         return True
-    if holder is None or holder[2] != socket.gethostname():
-        return True
-    try:
-        os.kill(int(holder[1]), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return holder is None or holder[2] != socket.gethostname() or process_runs(int(holder[1]))
 
 
 def _show(view: Progress, record: dict[str, Any]) -> None:

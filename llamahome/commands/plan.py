@@ -209,11 +209,11 @@ def _rows(plan: MemoryPlan) -> Iterator[tuple[str, str, str]]:
 
 def _lines(outlook: Outlook, work: Workload, traced: int | None) -> Iterator[str]:
     from llamahome.memory.monitor import format_bytes
+    from llamahome.monitor.progress import bar
 
     plan, limit = outlook.plan, outlook.machine.limit_bytes
-    filled = round(_BAR * min(1.0, plan.total / limit))
     ranks = f" on each of {outlook.machine.ranks} GPUs" if outlook.machine.ranks > 1 else ""
-    yield f"[{'#' * filled}{'.' * (_BAR - filled)}] {format_bytes(plan.total)} of {format_bytes(limit)}{ranks}"
+    yield f"{bar(plan.total / limit, _BAR)} {format_bytes(plan.total)} of {format_bytes(limit)}{ranks}"
     yield f"longest sample {work.longest:,} tokens; {work.tokens:,} tokens in all"
     if outlook.turned_on:
         yield f"memory is short: {', '.join(outlook.turned_on)}"

@@ -213,9 +213,9 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
-def bar(share: float) -> str:
-    filled = round(_BAR * min(1.0, max(0.0, share)))
-    return f"[{'#' * filled}{'.' * (_BAR - filled)}]"
+def bar(share: float, width: int = _BAR) -> str:
+    filled = round(width * min(1.0, max(0.0, share)))
+    return f"[{'#' * filled}{'.' * (width - filled)}]"
 
 
 def clean(text: str, keep: str = "") -> str:

@@ -22,12 +22,16 @@ _KEPT_BYTES = 1 << 30
 def set_threads(config: Config, stored: int = 0) -> int:
     """Set torch's threads: the number asked for, that of the checkpoint, or one per usable core."""
     asked = config.processing.threads
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = asked if isinstance(asked, int) else stored or cores
+    threads = asked if isinstance(asked, int) else stored or usable_cores()
     if stored and threads != stored:
         logger.warning("%d threads instead of the checkpoint's %d: equal to rounding, not to the bit", threads, stored)
     torch.set_num_threads(threads)
     return threads
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> str:
