@@ -18,13 +18,14 @@ from typing import IO, Any, Literal
 
 from llamahome.errors import CheckpointError, StorageError, UsageError
 from llamahome.files import is_leftover, remove_leftovers, storage_errors, write_json
+from llamahome.memory.agree import BUDGET_FILE
 from llamahome.monitor.report import REPORT_FILE
 from llamahome.monitor.sinks import METRICS_FILE
 
 State = Literal["running", "done", "stopped", "failed"]
 STATUS_FILE = "status.json"
 # What a run leaves that ended before its first checkpoint.
-_UNFINISHED = {".lock", STATUS_FILE, "run.json", METRICS_FILE, REPORT_FILE, "tensorboard"}
+_UNFINISHED = {".lock", STATUS_FILE, "run.json", METRICS_FILE, REPORT_FILE, "tensorboard", BUDGET_FILE}
 _PACKAGES = ("llamahome", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
 
 
@@ -96,7 +97,7 @@ class RunFolder:
                 "the output folder already holds files", where=str(self.path),
                 fix="choose another --output, or continue the run with train-resume",
             )  # fmt: skip
-        for name in names - {".lock"}:
+        for name in names - {".lock", BUDGET_FILE}:  # the smaller cut is for the run that begins anew
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
