@@ -8,6 +8,9 @@ With gap = log sum over the other tokens of exp(logit - label's logit), the loss
 the label expm1(-loss): right in relative terms for a label that is all but certain, where log-sum-exp minus logit and
 p - 1 round to zero.
 
+The mean's factor 1 / count is a mantissa, which scales the gradient while it is fp32, and a power of two, which is
+applied to the rounded gradient without another rounding (and, in fp16, without an underflow).
+
 Under `torch.compile` the whole is one custom op, on every device: its loop over chunks is no work for a compiler.
 
 Shapes: N rows (tokens that are trained), h hidden size, V vocabulary size.
@@ -28,9 +31,8 @@ from llamahome.kernels.launch import use_triton
 IGNORE_INDEX = -100
 _ROWS = 64  # chunks are filled up to a multiple of it
 _CHUNK_BYTES = 64 << 20  # of fp32 logits; beyond it larger chunks no longer speed the matrix product up
-_BLOCK_BYTES = (
-    16 << 20
-)  # of fp32 logits that go from logits to gradient in a CPU's caches; each step waits for all threads
+# Of fp32 logits that go from logits to gradient in a CPU's caches; each step waits for all threads.
+_BLOCK_BYTES = 16 << 20
 _GPU_CHUNK_BYTES = 512 << 20  # of bf16 logits: the weight is read once per chunk, and should cost less than its product
 
 
@@ -92,8 +94,12 @@ def linear_cross_entropy(
     form = _Form(logit_scale, softcap, label_smoothing, z_loss)
     wants = _Wants(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)))
     function = _compiled if torch.compiler.is_compiling() else _eager
-    total = function(hidden, weight, bias, labels, form, wants, rows, _compute_dtype(hidden))
-    return total / (labels != IGNORE_INDEX).sum() if reduction == "mean" else total
+    if reduction == "sum":
+        return function(hidden, weight, bias, labels, None, form, wants, rows, _compute_dtype(hidden))
+    count = (labels != IGNORE_INDEX).sum()
+    mantissa, exponent = torch.frexp(count.to(_accumulate_dtype(hidden)).reciprocal())
+    total = function(hidden, weight, bias, labels, mantissa, form, wants, rows, _compute_dtype(hidden))
+    return total * torch.ldexp(torch.ones_like(mantissa), exponent)
 
 
 @torch.no_grad()
@@ -120,11 +126,11 @@ def chunk_rows_for(vocabulary: int, device: str = "cpu") -> int:
 
 
 def _eager(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, form: _Form, wants: _Wants, rows: int,
-    compute: torch.dtype,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factor: Tensor | None, form: _Form,
+    wants: _Wants, rows: int, compute: torch.dtype,
 ) -> Tensor:  # fmt: skip
     total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, form, wants, rows, compute
+        hidden, weight, bias, labels, factor, form, wants, rows, compute
     )
     return total
 
@@ -132,10 +138,10 @@ def _eager(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,  # noqa: ANN001
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factor: Tensor | None,  # noqa: ANN001
         form: _Form, wants: _Wants, rows: int, compute: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        loss, *grads = _forward(hidden, weight, bias, labels, form, wants, rows, compute)
+        loss, *grads = _forward(hidden, weight, bias, labels, factor, form, wants, rows, compute)
         ctx.save_for_backward(*grads)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return loss
@@ -143,36 +149,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
-        return *_scaled(grad, ctx.saved_tensors, ctx.dtypes), *[None] * 5
+        return *_scaled(grad, ctx.saved_tensors, ctx.dtypes), *[None] * 6
 
 
 def _compiled(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, form: _Form, wants: _Wants, rows: int,
-    compute: torch.dtype,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factor: Tensor | None, form: _Form,
+    wants: _Wants, rows: int, compute: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    total: Tensor = _op(hidden, weight, bias, labels, *form, *wants, rows, compute)[0]
+    total: Tensor = _op(hidden, weight, bias, labels, factor, *form, *wants, rows, compute)[0]
     return total
 
 
 @torch.library.custom_op("llamahome::linear_cross_entropy", mutates_args=())
 def _op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logit_scale: float, softcap: float,
-    label_smoothing: float, z_loss: float, want_hidden: bool, want_weight: bool, want_bias: bool, rows: int,
-    compute: torch.dtype,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factor: Tensor | None, logit_scale: float,
+    softcap: float, label_smoothing: float, z_loss: float, want_hidden: bool, want_weight: bool, want_bias: bool,
+    rows: int, compute: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The summed loss and the gradients; one that is not wanted is empty."""
+    """`factor` by the summed loss, and the gradients; one that is not wanted is empty."""
     form = _Form(logit_scale, softcap, label_smoothing, z_loss)
     wants = _Wants(want_hidden, want_weight, want_bias)
-    loss, *grads = _forward(hidden, weight, bias, labels, form, wants, rows, compute)
+    loss, *grads = _forward(hidden, weight, bias, labels, factor, form, wants, rows, compute)
     d_hidden, d_weight, d_bias = (loss.new_empty(0) if x is None else x for x in grads)
     return loss, d_hidden, d_weight, d_bias
 
 
 @_op.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logit_scale: float, softcap: float,
-    label_smoothing: float, z_loss: float, want_hidden: bool, want_weight: bool, want_bias: bool, rows: int,
-    compute: torch.dtype,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factor: Tensor | None, logit_scale: float,
+    softcap: float, label_smoothing: float, z_loss: float, want_hidden: bool, want_weight: bool, want_bias: bool,
+    rows: int, compute: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = _accumulate_dtype(hidden)
     loss = hidden.new_empty((), dtype=wide)
@@ -184,14 +190,14 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
     _, weight, bias, *_ = inputs
-    ctx.wants = inputs[8:11]
+    ctx.wants = inputs[9:12]
     ctx.save_for_backward(*output[1:])
     ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
 
 
 def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN002, ANN202
     grads = [x if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)]
-    return *_scaled(grad, grads, ctx.dtypes), *[None] * 10
+    return *_scaled(grad, grads, ctx.dtypes), *[None] * 11
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -209,15 +215,17 @@ def _scaled(
 
 
 def _forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, form: _Form, wants: _Wants, rows: int,
-    compute: torch.dtype,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factor: Tensor | None, form: _Form,
+    wants: _Wants, rows: int, compute: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The summed loss and the gradients of hidden (in its dtype), weight and bias (in fp32 or fp64)."""
+    """`factor` by the summed loss, and the gradients of hidden (in its dtype), weight and bias (in fp32 or fp64)."""
     # The Triton kernel skips such rows itself: whether there are any is not asked of a GPU.
     keep = labels != IGNORE_INDEX
     if _runs_triton(hidden, compute) or bool(keep.all()):
-        return _chunks(hidden, weight, bias, labels, form, wants, rows, compute)
-    loss, d_kept, d_weight, d_bias = _chunks(hidden[keep], weight, bias, labels[keep], form, wants, rows, compute)
+        return _chunks(hidden, weight, bias, labels, factor, form, wants, rows, compute)
+    loss, d_kept, d_weight, d_bias = _chunks(
+        hidden[keep], weight, bias, labels[keep], factor, form, wants, rows, compute
+    )
     d_hidden = None
     if d_kept is not None:
         d_hidden = torch.zeros_like(hidden)
@@ -226,8 +234,8 @@ def _forward(
 
 
 def _chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, form: _Form, wants: _Wants, rows: int,
-    compute: torch.dtype,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factor: Tensor | None, form: _Form,
+    wants: _Wants, rows: int, compute: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     w, b = weight.to(compute), None if bias is None else bias.to(compute)
     loss = torch.zeros((), dtype=_accumulate_dtype(hidden), device=hidden.device)
@@ -239,7 +247,7 @@ def _chunks(
         part = slice(start, start + rows)
         h, count = _filled(hidden[part].to(compute))
         z = F.linear(h, w, b)
-        loss += _cross_entropy(z[:count], labels[part], form, any(wants))
+        loss += _cross_entropy(z[:count], labels[part], factor, form, any(wants))
         z[count:] = 0
         if d_hidden is not None:
             d_hidden[part] = (z @ w)[:count]
@@ -248,7 +256,7 @@ def _chunks(
         if d_bias is not None:
             d_bias += z.sum(0, dtype=loss.dtype)
         del z  # before the next one is made
-    return loss, d_hidden, d_weight, d_bias
+    return loss if factor is None else loss * factor, d_hidden, d_weight, d_bias
 
 
 def _filled(h: Tensor) -> tuple[Tensor, int]:
@@ -257,19 +265,19 @@ def _filled(h: Tensor) -> tuple[Tensor, int]:
     return (F.pad(h, (0, 0, 0, -count % _ROWS)) if h.device.type == "cpu" else h), count
 
 
-def _cross_entropy(z: Tensor, labels: Tensor, form: _Form, gradient: bool) -> Tensor:
-    """The summed loss of z [rows, V] = hidden @ weight.T + bias, which its gradient replaces if it is wanted."""
+def _cross_entropy(z: Tensor, labels: Tensor, factor: Tensor | None, form: _Form, gradient: bool) -> Tensor:
+    """The summed loss of z [rows, V] = hidden @ weight.T + bias; `factor` by its gradient replaces z if wanted."""
     if _runs_triton(z, z.dtype):
         from llamahome.kernels.loss_triton import cross_entropy
 
-        losses: Tensor = cross_entropy(z, labels, *form, IGNORE_INDEX, gradient)
+        losses: Tensor = cross_entropy(z, labels, factor, *form, IGNORE_INDEX, gradient)
         return losses.sum()
     rows = max(1, _BLOCK_BYTES // (4 * z.shape[1]))
     blocks = zip(torch.split(z, rows), torch.split(labels, rows), strict=True)
-    return torch.stack([_block(block, y, form, gradient) for block, y in blocks]).sum()
+    return torch.stack([_block(block, y, factor, form, gradient) for block, y in blocks]).sum()
 
 
-def _block(z: Tensor, labels: Tensor, form: _Form, gradient: bool) -> Tensor:
+def _block(z: Tensor, labels: Tensor, factor: Tensor | None, form: _Form, gradient: bool) -> Tensor:
     """`_cross_entropy` of a few rows in plain PyTorch."""
     at = labels[:, None]
     x, slope = _bend(z.to(_accumulate_dtype(z)), form)
@@ -289,6 +297,7 @@ def _block(z: Tensor, labels: Tensor, form: _Form, gradient: bool) -> Tensor:
         x.scatter_(1, at, own)
         if form.label_smoothing:
             x -= form.label_smoothing / x.shape[1]
+        slope = slope if factor is None else slope * factor
         z.copy_(x if isinstance(slope, float) and slope == 1.0 else x.mul_(slope))
     return loss.sum()
 

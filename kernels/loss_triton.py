@@ -22,9 +22,9 @@ _FAR = -1e30  # below any logit; minus infinity would make differences that are 
 
 @triton.jit
 def _cross_entropy(
-    z_ptr, label_ptr, loss_ptr, size, z_stride, scale, softcap, smoothing, z_loss,
+    z_ptr, label_ptr, loss_ptr, factor_ptr, size, z_stride, scale, softcap, smoothing, z_loss,
     IGNORE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr,
-    FAR: tl.constexpr, COLUMNS: tl.constexpr,
+    FACTOR: tl.constexpr, FAR: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_stride
@@ -67,6 +67,7 @@ def _cross_entropy(
         absent = tl.where(gap > 0, 1.0, small) / (1.0 + small)
         growth = 1.0 + 2.0 * z_loss * lse
         spread = smoothing / size
+        factor = tl.load(factor_ptr).to(tl.float32) if FACTOR else 1.0
         for start in range(0, size, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             z = tl.load(z_ptr + column, mask=column < size, other=0.0).to(tl.float32)
@@ -74,7 +75,7 @@ def _cross_entropy(
             grad = tl.exp(x - lse) * growth - spread
             own = smoothing - absent + 2.0 * z_loss * lse * (1.0 - absent) - spread
             grad = tl.where(column == at, own, grad) * slope
-            grad = tl.where(counted, grad, 0.0)
+            grad = tl.where(counted, grad * factor, 0.0)
             tl.store(z_ptr + column, grad.to(z_ptr.dtype.element_ty), mask=column < size)
 
 
@@ -107,10 +108,12 @@ def _log1p(x):
 
 
 def cross_entropy(
-    z: Tensor, labels: Tensor, logit_scale: float, softcap: float, label_smoothing: float, z_loss: float,
-    ignore_index: int, gradient: bool,
+    z: Tensor, labels: Tensor, factor: Tensor | None, logit_scale: float, softcap: float, label_smoothing: float,
+    z_loss: float, ignore_index: int, gradient: bool,
 ) -> Tensor:  # fmt: skip
     """The losses fp32 [rows] of z [rows, V], 0 for ignored rows; with `gradient` d loss / d z takes z's place.
+
+    `factor`, one number on the device or None, multiplies the gradient before it is rounded, not the losses.
 
     A label that is neither ignored nor a column gives a loss that is not a number.
     """
@@ -118,8 +121,9 @@ def cross_entropy(
     loss = torch.empty(rows, dtype=torch.float32, device=z.device)
     if rows:
         _cross_entropy[(rows,)](
-            z, labels.contiguous(), loss, size, z.stride(0), logit_scale, softcap, label_smoothing, z_loss,
+            z, labels.contiguous(), loss, factor, size, z.stride(0), logit_scale, softcap, label_smoothing, z_loss,
             IGNORE=ignore_index, SOFTCAP=softcap != 0, SMOOTHING=label_smoothing != 0, GRADIENT=gradient,
+            FACTOR=factor is not None,
             **_tile(size),
         )  # fmt: skip
     return loss
@@ -132,11 +136,13 @@ def _tile(size: int) -> dict[str, int]:
 
 def static_cases() -> list[StaticCase]:
     """Llama 3's vocabulary, plainly; Gemma's, with everything on."""
-    types = "*bf16 *i64 *fp32 i32 i32 fp32 fp32 fp32 fp32"
+    types = "*bf16 *i64 *fp32 {} i32 i32 fp32 fp32 fp32 fp32"
     tile = _tile(128256)
-    plain = {"IGNORE": -100, "SOFTCAP": False, "SMOOTHING": False, "GRADIENT": True}
-    full = plain | {"SOFTCAP": True, "SMOOTHING": True}
+    plain = {"IGNORE": -100, "SOFTCAP": False, "SMOOTHING": False, "GRADIENT": True, "FACTOR": False}
+    full = plain | {"SOFTCAP": True, "SMOOTHING": True, "FACTOR": True}
     return [
-        static_case("cross_entropy", _cross_entropy, types, plain | tile, num_warps=tile["num_warps"]),
-        static_case("cross_entropy full", _cross_entropy, types, full | tile, num_warps=tile["num_warps"]),
+        static_case("cross_entropy", _cross_entropy, types.format("-"), plain | tile, num_warps=tile["num_warps"]),
+        static_case(
+            "cross_entropy full", _cross_entropy, types.format("*fp32"), full | tile, num_warps=tile["num_warps"]
+        ),
     ]

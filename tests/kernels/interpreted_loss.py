@@ -25,9 +25,10 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (5, 53), (7, 1024), (9, 9000)])
-def test_cross_entropy(rows, vocabulary, options, dtype):
+def test_cross_entropy(rows, vocabulary, options, reduction, dtype):
     size = 24
     hidden, weight, bias = random(rows, size), random(vocabulary, size, seed=1) / 4, random(vocabulary, seed=2)
     labels = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(3))
@@ -38,7 +39,7 @@ def test_cross_entropy(rows, vocabulary, options, dtype):
         (linear_cross_entropy_reference, torch.float64),
     ):  # fmt: skip
         inputs = [x.to(dtype).to(kind).requires_grad_() for x in (hidden, weight, bias)]
-        loss = function(*inputs[:2], labels, bias=inputs[2], reduction="sum", **options)
+        loss = function(*inputs[:2], labels, bias=inputs[2], reduction=reduction, **options)
         results.append([loss, *torch.autograd.grad(loss, inputs)])
     check(*results, dtype)
 
@@ -50,7 +51,7 @@ def test_cross_entropy_over_a_large_vocabulary(dtype):
     exact = z.double().requires_grad_()
     loss = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
     (grad,) = torch.autograd.grad(loss.sum(), exact)
-    losses = loss_triton.cross_entropy(z, labels, 1.0, 0.0, 0.0, 0.0, -100, True)
+    losses = loss_triton.cross_entropy(z, labels, None, 1.0, 0.0, 0.0, 0.0, -100, True)
     assert error(losses, loss) < 1e-6
     assert error(z, grad) < (1e-6 if dtype == torch.float32 else 2**-8)
 
@@ -58,7 +59,7 @@ def test_cross_entropy_over_a_large_vocabulary(dtype):
 @pytest.mark.parametrize("gap", [20.0, 50.0, 80.0])
 def test_a_label_that_is_all_but_certain_keeps_its_loss_and_gradient(gap):
     z = torch.tensor([[0.0, gap, 0.0]])
-    loss = loss_triton.cross_entropy(z, torch.tensor([1]), 1.0, 0.0, 0.0, 0.0, -100, True)
+    loss = loss_triton.cross_entropy(z, torch.tensor([1]), None, 1.0, 0.0, 0.0, 0.0, -100, True)
     others = torch.exp(torch.tensor(-gap, dtype=torch.float64))
     torch.testing.assert_close(loss[0].double(), 2 * others, rtol=1e-5, atol=0)
     torch.testing.assert_close(z[0].double(), torch.stack([others, -2 * others, others]), rtol=1e-5, atol=0)
@@ -67,11 +68,11 @@ def test_a_label_that_is_all_but_certain_keeps_its_loss_and_gradient(gap):
 def test_a_hopeless_label_and_a_row_without_one():
     z = torch.tensor([[100.0, 0.0, -100.0], [5.0, 1.0, 2.0], [1.0, 2.0, 3.0]])
     kept = z.clone()
-    loss = loss_triton.cross_entropy(z, torch.tensor([2, -100, 3]), 1.0, 0.0, 0.0, 0.0, -100, False)
+    loss = loss_triton.cross_entropy(z, torch.tensor([2, -100, 3]), None, 1.0, 0.0, 0.0, 0.0, -100, False)
     assert loss[:2].tolist() == [200.0, 0.0]
     assert loss[2].isnan()  # 3 is no column
     assert torch.equal(z, kept)
-    loss_triton.cross_entropy(z, torch.tensor([2, -100, 3]), 1.0, 0.0, 0.0, 0.0, -100, True)
+    loss_triton.cross_entropy(z, torch.tensor([2, -100, 3]), None, 1.0, 0.0, 0.0, 0.0, -100, True)
     torch.testing.assert_close(z[:2], torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.0, 0.0]]), rtol=1e-6, atol=1e-37)
 
 
@@ -182,4 +183,4 @@ def test_lora_linear_layers_at_more_shapes(rows, depth, columns, rank, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
 def test_cross_entropy_over_llama_3s_vocabulary(options, dtype):
-    test_cross_entropy(6, 128256, options, dtype)
+    test_cross_entropy(6, 128256, options, "mean", dtype)

@@ -189,7 +189,7 @@ def test_two_runs_give_the_same_bits():
     def run():
         _, rstd, _ = rms_norm_forward(x, w, 1e-5)
         z = x.clone()
-        losses = loss_triton.cross_entropy(z, torch.arange(33), 1.0, 0.0, 0.1, 0.01, -100, True)
+        losses = loss_triton.cross_entropy(z, torch.arange(33), None, 1.0, 0.0, 0.1, 0.01, -100, True)
         return [
             *rms_norm_backward(dy, x, w, rstd, need_weight=True),
             *gated_backward(dy, x, dy, "silu", lora),

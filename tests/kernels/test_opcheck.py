@@ -37,7 +37,8 @@ def _cases():
     labels, form = torch.tensor([3, -100, 0, 1, 2]), (1.0, 0.0, 0.1, 0.01)
     for trained in (True, False):
         inputs = [x.requires_grad_(trained) for x in (_random(*rows), _random(7, 8), _random(7))]
-        yield "linear_cross_entropy", (*inputs, labels, *form, *[trained] * 3, 2, torch.float32)
+        factor = torch.tensor(0.625) if trained else None
+        yield "linear_cross_entropy", (*inputs, labels, factor, *form, *[trained] * 3, 2, torch.float32)
 
 
 @pytest.mark.parametrize(
