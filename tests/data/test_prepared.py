@@ -21,7 +21,7 @@ from llamahome.data.report import DataReport, unpack_place
 from llamahome.data.schemas import Sample
 from llamahome.errors import DataError, StorageError
 
-KILLER = Path(__file__).with_name("kill_prepare.py")
+KILLER = Path(__file__).parents[1] / "faults" / "kill_prepare.py"
 
 
 def config(**values) -> Config:

@@ -1,27 +1,25 @@
 """Kill processes that fill, evict and clear a cache, at random moments and file operations; no entry may be half there.
 
-    python tests/data/kill_cache.py FOLDER KILLS SEED
+    python tests/faults/kill_cache.py FOLDER KILLS SEED
 
 After each kill every visible entry must be whole, and in a cache with room none that was finished may be gone.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import signal
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from killing import Moment, attempt
 
 from llamahome.data.cache import Cache
 from llamahome.data.store import TokenStore, TokenStoreWriter
 
 KEYS = ("a", "b", "c", "d")
-OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "os.utime"}
 LONGEST = 0.06  # seconds until a kill by time; all four keys take about as long
 
 
@@ -51,35 +49,6 @@ def use(cache: Cache, chance: random.Random) -> None:
             cache.clear() if chance.random() < 0.3 else cache.clean()
 
 
-def attempt(cache: Cache, chance: random.Random) -> bool:
-    """One forked user, killed somewhere; whether it was."""
-    by_time, at, seed = chance.random() < 0.5, chance.randrange(1, 120), chance.random()
-    child = os.fork()
-    if child == 0:
-        count = 0
-
-        def hook(event: str, arguments: tuple[object, ...]) -> None:
-            nonlocal count
-            if event in OPERATIONS and str(cache.folder) in str(arguments[0]):
-                count += 1
-                if count == at and not by_time:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-        try:
-            use(cache, random.Random(seed))
-        except BaseException as error:
-            print(f"failed: {error!r}", flush=True)
-            os._exit(1)
-        os._exit(0)
-    if by_time:
-        time.sleep(chance.uniform(0, LONGEST))
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert status in (0, signal.SIGKILL), f"status {status}"
-    return status != 0
-
-
 def entries(cache: Cache) -> set[str]:
     return {path.name for path in cache.folder.glob("[!.]*") if path.is_dir()}
 
@@ -92,7 +61,8 @@ def main() -> None:
     while killed < kills:
         cache = chance.choice((roomy, tight))
         before = entries(cache)
-        killed += attempt(cache, chance)
+        moment = Moment.draw(chance, longest=LONGEST, operations=120, below=cache.folder)
+        killed += not attempt(partial(use, cache, random.Random(chance.random())), moment)
         for key in entries(cache):
             check(key, cache.folder / key)
         assert cache is tight or before <= entries(cache), "a finished entry was lost"
