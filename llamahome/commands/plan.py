@@ -14,7 +14,8 @@ from llamahome.commands.options import base_model, load_config, print_line, sett
 
 if TYPE_CHECKING:
     from llamahome.config import Config
-    from llamahome.memory.outlook import Machine, Outlook, Workload
+    from llamahome.memory.ladder import Machine, Workload
+    from llamahome.memory.outlook import Outlook
     from llamahome.memory.plan import MemoryPlan
 
 _BAR = 40
@@ -98,8 +99,9 @@ def _machine(config: Config, gpu_memory: str | None, gpus: int) -> tuple[Machine
     import torch
 
     from llamahome.config.sizes import parse_size
+    from llamahome.memory.ladder import Machine
     from llamahome.memory.monitor import MemoryMonitor, limit_of
-    from llamahome.memory.outlook import Machine, datasheet
+    from llamahome.memory.outlook import datasheet
     from llamahome.monitor.tracker import measure_matmul_peak
     from llamahome.training.precision import resolve_precision
     from llamahome.training.setup import resolve_device
@@ -121,31 +123,23 @@ def _machine(config: Config, gpu_memory: str | None, gpus: int) -> tuple[Machine
 
 def _samples(config: Config, data: str) -> Workload:
     """Lengths of the real samples; they are tokenised as the run would, into the cache."""
-    import numpy as np
-
     from llamahome.data.prepare import prepare
-    from llamahome.memory.outlook import Workload
     from llamahome.model.load import load_tokenizer, resolve_model
+    from llamahome.training.budget import workload
 
     tokenizer = load_tokenizer(resolve_model(None, config.model, config.cache.dir))
     prepared = prepare(data, tokenizer, config=config)
     try:
         store, per_step = prepared.train, config.global_batch_size()
-        lengths = store.lengths()
         steps = config.optimization.max_steps or config.training.epochs * -(-len(store) // per_step)
-        return Workload(
-            longest=int(lengths.max()),
-            step_tokens=max(int(lengths.max()), int(np.sort(lengths)[-per_step:].sum())),
-            tokens=round(steps * per_step * float(lengths.mean())),
-            trained_fraction=store.num_trained / store.num_tokens,
-        )
+        return workload(store, per_step, steps)
     finally:
         prepared.close()
 
 
 def _tokens(config: Config, tokens: int) -> Workload:
     """So many tokens in samples of the greatest length, all of them trained."""
-    from llamahome.memory.outlook import Workload
+    from llamahome.memory.ladder import Workload
 
     longest = config.data.max_length
     return Workload(longest, longest * config.global_batch_size(), tokens * config.training.epochs)

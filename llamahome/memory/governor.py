@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 # tokens and all of it at 2,048. GPU: matrix products are compute-bound long before.
 ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384}
 _SURELY = 0.9  # share of a plan that a run is sure to need
-_AIM = 0.95  # share of the limit that a new budget is chosen for
+AIM = 0.95  # share of the limit that a new budget is chosen for
 _RESERVE = 0.02  # share of the host's memory that is left to others under pressure
 _GROW = 1.25  # a budget grows only when so much more would fit
 _WAIT = 3  # observations between a change and a growth
 _WAIT_AFTER_OOM = 16  # doubled by each further one
 _WINDOW = 32  # observations that count
-_STEP = 64  # budgets are multiples of it, so that noise does not change the cut
+STEP = 64  # budgets are multiples of it, so that noise does not change the cut
 
 
 class MemoryGovernor:
@@ -66,7 +66,7 @@ class MemoryGovernor:
         if smallest.total > limit_bytes:
             logger.warning("a plan of %s for a limit of %s: it may not fit",
                            format_bytes(smallest.total), format_bytes(limit_bytes))  # fmt: skip
-        self.token_budget = self._round(plan.max_tokens(_AIM * self._room()))
+        self.token_budget = self._round(plan.max_tokens(AIM * self._room()))
 
     def observe(self, *, micro_batch_tokens: int, reading: MemoryReading | None = None) -> dict[str, Any] | None:
         """Learn from a finished step whose largest micro-batch had `micro_batch_tokens`; returns an event or None.
@@ -83,7 +83,7 @@ class MemoryGovernor:
                         format_bytes(self.predict(micro_batch_tokens)), format_bytes(reading.peak_bytes))  # fmt: skip
         self._seen.append((micro_batch_tokens, reading.peak_bytes))
         room = self._room()
-        fits = self._round(self._tokens_within(_AIM * room))
+        fits = self._round(self._tokens_within(AIM * room))
         if self.predict(self.token_budget) > room:
             reason = "others use memory" if room < self.limit_bytes else "peak above the limit"
             return self._change(min(fits, self.token_budget), reason)
@@ -129,7 +129,7 @@ class MemoryGovernor:
         self._wait, self._out_of_memory = int(state["wait"]), int(state["out_of_memory"])
         budget = max(self.smallest, min(self.largest, int(state["token_budget"])))
         fits = self.predict(budget) <= self.limit_bytes
-        self.token_budget = budget if fits else min(budget, self._round(self._tokens_within(_AIM * self.limit_bytes)))
+        self.token_budget = budget if fits else min(budget, self._round(self._tokens_within(AIM * self.limit_bytes)))
 
     def _change(self, budget: int, reason: str) -> dict[str, Any] | None:
         before, self.token_budget = self.token_budget, budget
@@ -145,7 +145,7 @@ class MemoryGovernor:
         return {"event": "cut_changed", "from": before, "to": budget, "reason": reason}
 
     def _round(self, tokens: int) -> int:
-        return max(self.smallest, min(self.largest, tokens // _STEP * _STEP if tokens < self.largest else tokens))
+        return max(self.smallest, min(self.largest, tokens // STEP * STEP if tokens < self.largest else tokens))
 
     def _room(self) -> int:
         """Bytes that this process may reach: the limit, or what other processes leave."""

@@ -5,11 +5,37 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from llamahome.memory.plan import MemoryPlan, default_loss_rows
+from llamahome.memory.plan import MemoryPlan, default_loss_rows, plan_memory
+from llamahome.memory.shape import model_shape
+
+if TYPE_CHECKING:
+    from llamahome.config import Config
 
 logger = logging.getLogger(__name__)
 SMALL_LOSS_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The samples: tokens of the longest, of the largest step and of the whole run, and the share that is trained."""
+
+    longest: int
+    step_tokens: int
+    tokens: int
+    trained_fraction: float = 1.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a rank runs on. `peak_flops` None: unknown; `speed` says where it is from."""
+
+    device: str
+    limit_bytes: int
+    ranks: int = 1
+    peak_flops: float | None = None
+    speed: str = "unknown"
 
 
 @dataclass(frozen=True)
@@ -17,26 +43,69 @@ class Rung:
     """Settings that save memory and cost time."""
 
     loss_chunk: int
+    recompute_mlp: bool = False
     gradient_checkpointing: bool = False
     offload: bool = False
 
     def __str__(self) -> str:
         """Only what is spent: for a line that says what was turned on."""
         words = [f"processing.loss_chunk {self.loss_chunk}"]
+        words += ["the MLP's products made again in backward"] * self.recompute_mlp
         words += ["processing.gradient_checkpointing on"] * self.gradient_checkpointing
         return ", ".join([*words, *["kept activations in host memory"] * self.offload])
 
 
-def rungs(vocabulary: int, *, loss_chunk: int, checkpointing: bool | str, device: str) -> Iterator[Rung]:
+@dataclass(frozen=True)
+class Choice:
+    """The plan of the first rung that fits, or else of the last; those of the first and the last rung beside it."""
+
+    plan: MemoryPlan
+    asked: MemoryPlan
+    smallest: MemoryPlan
+
+
+def choose_plan(
+    architecture: Any, config: Config, machine: Machine, work: Workload, *, precision: str, fused: bool,
+    compiled: bool = False,
+) -> Choice:  # fmt: skip
+    """Plan a run by the model's configuration and climb the ladder as far as `machine` asks for.
+
+    `fused`: the layers will be `llamahome.model.fuse`'s. Raises: ModelError for what is no decoder.
+    """
+
+    def build(rung: Rung) -> MemoryPlan:
+        return plan_memory(
+            architecture, method=config.training.method, lora=config.lora, precision=precision, max_length=work.longest,
+            optimizer=config.optimization.optimizer, device=machine.device, trained_fraction=work.trained_fraction,
+            fused=fused, ranks=machine.ranks, step_tokens=work.step_tokens, compiled=compiled, **vars(rung),
+        )  # fmt: skip
+
+    chunk = config.processing.loss_chunk
+    ladder = list(
+        rungs(
+            model_shape(architecture).vocabulary, loss_chunk=0 if chunk == "auto" else int(chunk), fused=fused,
+            checkpointing=config.processing.gradient_checkpointing, device=machine.device,
+        )
+    )  # fmt: skip
+    plan = climb(ladder, build, limit_bytes=machine.limit_bytes, longest_sample=work.longest)
+    return Choice(plan, build(ladder[0]), build(ladder[-1]))
+
+
+def rungs(
+    vocabulary: int, *, loss_chunk: int, checkpointing: bool | str, device: str, fused: bool = False
+) -> Iterator[Rung]:
     """The ladder from the fastest settings to the smallest; what the user decided stays as it is.
 
-    `loss_chunk` 0 and `checkpointing` "auto" are open. Activations are moved out of a GPU's memory only: beside a
-    CPU there is no other memory, and disks are too slow to hold what each layer keeps.
+    `loss_chunk` 0 and `checkpointing` "auto" are open. Only fused layers can make the MLP's products alone again.
+    Activations are moved out of a GPU's memory only: beside a CPU there is no other memory, and disks are too slow to
+    hold what each layer keeps.
     """
     chunks = [loss_chunk] if loss_chunk else [default_loss_rows(vocabulary, device), SMALL_LOSS_CHUNK]
     for chunk in dict.fromkeys(chunks):
-        yield Rung(chunk, checkpointing is True)
+        yield Rung(chunk, gradient_checkpointing=checkpointing is True)
     if checkpointing == "auto":
+        if fused:
+            yield Rung(chunks[-1], recompute_mlp=True)
         yield Rung(chunks[-1], gradient_checkpointing=True)
     if device.partition(":")[0] == "cuda":
         yield Rung(chunks[-1], gradient_checkpointing=checkpointing is not False, offload=True)

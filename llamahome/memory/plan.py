@@ -70,6 +70,7 @@ class MemoryPlan:
     gradient_checkpointing: bool
     allocator_share: float
     quantized_weights: int = 0
+    recompute_mlp: bool = False
     offload: bool = False
     gathered: int = 0
     reader: int = 0
@@ -126,7 +127,7 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, int | bool]:
         """The parts and their total, for run.json."""
         rates = ("total", "micro_batch_tokens", "bytes_per_token", "fixed_bytes", "loss_rows", "gradient_checkpointing",
-                 "offload")  # fmt: skip
+                 "recompute_mlp", "offload")  # fmt: skip
         return {name: getattr(self, name) for name in (*PARTS, *rates)}
 
 
@@ -134,7 +135,8 @@ def plan_memory(
     model_config: Any, *, method: Method = "lora", lora: AdapterSettings | None = None, precision: str = "bf16",
     max_length: int = 512, micro_batch_tokens: int | None = None, gradient_checkpointing: bool = False,
     optimizer: str = "adamw", trained_fraction: float = 1.0, loss_chunk: int = 0, device: str = "cpu",
-    fused: bool = False, offload: bool = False, ranks: int = 1, step_tokens: int = 0, compiled: bool = False,
+    fused: bool = False, recompute_mlp: bool = False, offload: bool = False, ranks: int = 1, step_tokens: int = 0,
+    compiled: bool = False,
 ) -> MemoryPlan:  # fmt: skip
     """Plan one training step from the model's configuration alone; neither weights nor torch are needed.
 
@@ -146,6 +148,7 @@ def plan_memory(
         trained_fraction: share of the tokens whose logits are needed; 1 is safe.
         loss_chunk: rows of logits that exist at a time; 0 chooses by the vocabulary as the loss kernel does.
         fused: the layers are `llamahome.model.fuse`'s, which keep less.
+        recompute_mlp: fused layers make the MLP's gate and up products again in backward.
         offload: a GPU's kept activations lie in host memory until backward wants them.
         ranks: processes that share weights, gradients and optimizer (FSDP2); the result is one rank's.
         step_tokens: tokens of the largest step, for what is read ahead.
@@ -159,8 +162,9 @@ def plan_memory(
     adapters = 0 if trains_base else _adapter_parameters(shape, adapter)
     trained = shape.linear_parameters + shape.other_parameters if trains_base else adapters
     layer = kept_per_token(shape, adapter, low=low, trains_base=trains_base, fused=fused)
+    remade = 2 * element * shape.mlp if recompute_mlp and fused and not gradient_checkpointing else 0
     entry = shape.hidden * (2 if low and not trains_base else 4)
-    kept = entry if gradient_checkpointing else layer
+    kept = entry if gradient_checkpointing else layer - remade
     kept *= (
         min(2, shape.layers) if offload else shape.layers
     )  # one layer's is on its way out while the next is computed
@@ -175,7 +179,7 @@ def plan_memory(
         micro_batch_tokens=micro_batch_tokens or max_length,
         saved_per_token=kept + _ends(shape, low, trains_base, trained_fraction),
         backward_per_token=backward_per_token(shape, low=low, trains_base=trains_base, fused=fused)
-        + (layer - entry if gradient_checkpointing else 0),
+        + (layer - entry if gradient_checkpointing else remade),
         loss_row_bytes=shape.vocabulary * 2 * element,  # two chunks for a moment
         loss_rows=loss_chunk or default_loss_rows(shape.vocabulary, device),
         loss_constant=shape.vocabulary * shape.hidden * (4 if low else 8) if trains_base else 0,
@@ -183,6 +187,7 @@ def plan_memory(
         gradient_checkpointing=gradient_checkpointing,
         allocator_share=_HEAP_SLACK[fused, trains_base, low, gradient_checkpointing] if cpu else _GPU_SLACK,
         quantized_weights=_weights(shape, "qlora", element) // ranks,
+        recompute_mlp=remade > 0,
         offload=offload,
         gathered=_gathered(shape, method, element) if ranks > 1 else 0,
         reader=_READER_BYTES * step_tokens,

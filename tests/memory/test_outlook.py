@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from llamahome.cli import cli
 from llamahome.config import Config
-from llamahome.memory.ladder import SMALL_LOSS_CHUNK, Rung, climb, rungs
+from llamahome.memory.ladder import SMALL_LOSS_CHUNK, Machine, Rung, Workload, climb, rungs
 from llamahome.memory.layers import Adapter, kept_per_token
-from llamahome.memory.outlook import Machine, Workload, datasheet, look_ahead
+from llamahome.memory.outlook import datasheet, look_ahead
 from llamahome.memory.plan import MemoryPlan, default_loss_rows, plan_memory
 from llamahome.memory.shape import model_shape
 
@@ -42,10 +42,11 @@ def test_the_ladder_goes_from_fast_to_small_and_keeps_what_was_asked_for() -> No
     def ladder(**settings: Any) -> list[Rung]:
         return list(rungs(128_256, **{"loss_chunk": 0, "checkpointing": "auto", "device": "cuda"} | settings))
 
-    default = default_loss_rows(128_256, "cuda")
-    assert ladder() == [
-        Rung(default), Rung(SMALL_LOSS_CHUNK), Rung(SMALL_LOSS_CHUNK, True), Rung(SMALL_LOSS_CHUNK, True, True),
-    ]  # fmt: skip
+    default, small = default_loss_rows(128_256, "cuda"), SMALL_LOSS_CHUNK
+    slowest = [Rung(small, gradient_checkpointing=True), Rung(small, gradient_checkpointing=True, offload=True)]
+    assert ladder() == [Rung(default), Rung(small), *slowest]
+    assert ladder(fused=True) == [Rung(default), Rung(small), Rung(small, recompute_mlp=True), *slowest]
+    assert not any(rung.recompute_mlp for rung in ladder(fused=True, checkpointing=False))
     assert not any(rung.offload for rung in ladder(device="cpu"))
     assert {rung.loss_chunk for rung in ladder(loss_chunk=512)} == {512}
     assert not any(rung.gradient_checkpointing for rung in ladder(checkpointing=False))
@@ -54,7 +55,7 @@ def test_the_ladder_goes_from_fast_to_small_and_keeps_what_was_asked_for() -> No
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_each_rung_needs_less_and_the_first_that_fits_is_taken(device: str) -> None:
-    ladder = list(rungs(128_256, loss_chunk=0, checkpointing="auto", device=device))
+    ladder = list(rungs(128_256, loss_chunk=0, checkpointing="auto", device=device, fused=True))
 
     def build(rung: Rung) -> MemoryPlan:
         return plan_memory(LLAMA_8B, max_length=4096, fused=True, device=device, **vars(rung))
