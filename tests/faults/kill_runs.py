@@ -37,13 +37,13 @@ OPERATIONS = 420  # about those of a whole run
 Outcome = tuple[list[list[object]], dict[str, bytes]]
 
 
-def outcome(run: Path) -> Outcome:
+def outcome(run: Path, steps: int = STEPS) -> Outcome:
     """The figures of all steps that do not depend on the clock, and the bytes of the states."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     keys = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "eval_loss")
     figures = [[line.get(key) for key in keys] for line in lines if "event" not in line]
     files = ["final/adapter_model.safetensors", "best/adapter_model.safetensors"]
-    files += [f"checkpoint-{STEPS}/{name}.safetensors" for name in ("adapter_model", "optimizer", "rng")]
+    files += [f"checkpoint-{steps}/{name}.safetensors" for name in ("adapter_model", "optimizer", "rng")]
     return figures, {name: (run / name).read_bytes() for name in files}
 
 
