@@ -10,12 +10,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from llamahome.config.sizes import parse_size
 from llamahome.errors import ConfigError
+from llamahome.plugins import installed, is_import_path
 
 FORMATS = {
     "size": "a size such as 8GB",
     "size-or-percent": "a size such as 8GB or a percentage such as 90%",
     "megabytes": "a number of megabytes or a size such as 8GB",
-    "import-path": "module:object",
+    "extension": "module:object",
     "name-or-import-path": "a name or module:object",
     "device": "auto, cpu, cuda or cuda:N",
     "path": "a path",
@@ -61,12 +62,24 @@ def _matching(pattern: str, name: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _extension(key: str) -> AfterValidator:
+    """The name of an installed entry point for the setting `key`, or `module:object`."""
+
+    def check(value: str) -> str:
+        if not is_import_path(value) and value not in installed(key):
+            raise ValueError(f"expected {FORMATS['extension']}, got {value!r}")
+        return value
+
+    return AfterValidator(check)
+
+
 _DOTTED = r"[A-Za-z_][\w.]*"
 
 Size = Annotated[int | str, AfterValidator(_size), _schema("size", "integer", "string")]
 SizeOrPercent = Annotated[int | str, AfterValidator(_size_or_percent), _schema("size-or-percent", "integer", "string")]
 Megabytes = Annotated[int | str, AfterValidator(_size), _schema("megabytes", "integer", "string")]
-ImportPath = Annotated[str, _matching(f"{_DOTTED}:{_DOTTED}", "import-path"), _schema("import-path", "string")]
+Optimizer = Annotated[str, _extension("optimization.optimizer"), _schema("extension", "string")]
+Scheduler = Annotated[str, _extension("optimization.scheduler_type"), _schema("extension", "string")]
 Named = Annotated[
     str, _matching(rf"[\w-]+|{_DOTTED}:{_DOTTED}", "name-or-import-path"), _schema("name-or-import-path", "string")
 ]

@@ -27,7 +27,8 @@ A run takes its settings from three places, and the later one counts:
 3. the command line: `llamahome train DATA --set training.epochs=2 --set lora.rank=8`.
 
 [`.config/training_config.yaml`](../.config/training_config.yaml) names every setting;
-[`config.schema.json`](config.schema.json) lets editors complete and check a file.
+[`config.schema.json`](config.schema.json) lets editors complete and check a file: begin it with
+`# yaml-language-server: $schema=docs/config.schema.json`.
 
 All faults are reported at once, each with its place:
 
@@ -40,7 +41,8 @@ run.yaml:7: training.batch_size: expected a whole number >= 1 or auto, got "big"
 
 - **Sizes** are `8GB` (powers of 1000), `512MiB` (powers of 1024) or a number of bytes; some also take `90%`.
 - **Numbers** may be `1e-4`; `012` is 12. **Booleans** are `true` and `false`, never `yes` or `on`.
-- **Import paths** are `module:object`; the module must be importable.
+- **Import paths** are `module:object`; the module is installed or in the folder in which the command runs.
+- **Installed extensions** are names that packages offer by entry points, and may stand wherever an import path may.
 - **Paths** are relative to the folder in which the command runs.
 - A key may stand once. Anchors, aliases (`&`, `*`) and tags of other languages are refused; a file has at most 1 MiB.
 - `model.trust_remote_code` and `model.allow_pickle` let strangers' code run, so only `--set` may turn them on.

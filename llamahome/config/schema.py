@@ -14,10 +14,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from llamahome.config.fields import (
     Betas,
     Device,
-    ImportPath,
     Megabytes,
     Named,
     NamedList,
+    Optimizer,
+    Scheduler,
     Size,
     SizeOrPercent,
     Texts,
@@ -65,7 +66,7 @@ class DataSettings(Section):
     path: str | None = Field(
         default=None,
         min_length=1,
-        description="File, folder, glob or hub id to train on; null is the built-in examples.",
+        description="File, folder, glob, hub id or module:object to train on; null is the built-in examples.",
     )
     eval_path: str | None = Field(
         default=None, min_length=1, description="Data to evaluate on; null holds out validation_split of the samples."
@@ -94,7 +95,7 @@ class DataSettings(Section):
     template: str = Field(
         default="auto",
         min_length=1,
-        description="Chat template: auto (the tokenizer's), a name, or a path to a Jinja file.",
+        description="Chat template: auto (the tokenizer's), a name, module:object, or a path to a Jinja file.",
     )
     train_on: Literal["assistant", "all"] = Field(default="assistant", description="Tokens that count in the loss.")
     delimiter: str | None = Field(
@@ -105,7 +106,7 @@ class DataSettings(Section):
     )
     fields: dict[str, str] = Field(default={}, description="Columns by role, for example {prompt: question}.")
     max_row_bytes: Size = Field(default="64MiB", description="Longest row that is read.")
-    plugins: Texts = Field(default=(), description="Python files that add data formats.")
+    plugins: Texts = Field(default=(), description="Python files, or module:object, that add data formats.")
     shuffle: bool = Field(
         default=True, description="Train the samples of an epoch in a random order fixed by the seed."
     )
@@ -132,7 +133,7 @@ class OptimizationSettings(Section):
         default=None,
         description="Steps of linear warmup, or their share of the run if below 1; null is 100, or a tenth of the run.",
     )
-    scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] | ImportPath = Field(
+    scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] | Scheduler = Field(
         default="cosine", description="Shape of the learning rate after the warmup."
     )
     max_steps: Count | None = Field(
@@ -144,7 +145,7 @@ class OptimizationSettings(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         default=1.0, description="Gradients are scaled down to this norm; null turns clipping off."
     )
-    optimizer: Literal["adamw", "sgd", "adafactor"] | ImportPath = Field(default="adamw", description="The optimizer.")
+    optimizer: Literal["adamw", "sgd", "adafactor"] | Optimizer = Field(default="adamw", description="The optimizer.")
     betas: Betas = Field(default=(0.9, 0.999), description="AdamW's decay rates of the two moments.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's term in the denominator.")
     on_nonfinite: Literal["stop", "skip", "rewind"] = Field(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from llamahome.data.jsonrows import holds_lines, read_json, read_jsonl
+from llamahome.data.own import Dataset, dataset_source, is_dataset, names_dataset
 from llamahome.data.rows import (
     Row,
     Rows,
@@ -76,10 +78,15 @@ class Piece:
 WHOLE = Piece()
 
 
-def find_files(paths: str | Path | Sequence[str | Path], settings: DataSettings) -> list[Source]:
-    """The data files behind files, folders, globs and hub ids, in a fixed order. Raises: DataError, ConfigError."""
+def find_files(paths: str | Path | Sequence[str | Path] | Dataset, settings: DataSettings) -> list[Source]:
+    """The sources behind files, folders, globs, hub ids and data sets of the user's own, in a fixed order.
+
+    Raises: DataError, ConfigError.
+    """
+    if is_dataset(paths) or (isinstance(paths, str) and names_dataset(paths)):
+        return [dataset_source(paths)]
     formats = dict(EXTENSIONS) | {f".{name}": name for name in ("lines", "document")}
-    return find_sources(paths, formats, chosen=settings.format, plugins=settings.plugins)
+    return find_sources(cast("Sequence[str | Path]", paths), formats, chosen=settings.format, plugins=settings.plugins)
 
 
 def read_rows(sources: Iterable[Source], settings: DataSettings, on_bad: Callable[[DataError], None]) -> Iterator[Row]:
@@ -329,12 +336,11 @@ def _holds(piece: Piece, row: int) -> bool:
 
 def _read_plugin(source: Source, plugin: Plugin) -> Rows:
     """Rows of a plugin, which may raise anything, give anything and never end."""
-    assert source.path is not None
-    room = PLUGIN_TEXT_FACTOR * source.stamp[0] + PLUGIN_TEXT_BYTES
+    room = PLUGIN_TEXT_FACTOR * source.stamp[0] + PLUGIN_TEXT_BYTES if source.path else math.inf
     number = 0
     with Watchdog(PLUGIN_SECONDS) as watchdog:
         try:
-            rows = iter(watchdog.run(partial(plugin.read, source.path)))
+            rows = iter(watchdog.run(partial(plugin.read, source.path or Path())))
             while (fields := watchdog.run(partial(next, rows, _END))) is not _END:
                 number += 1
                 row = _plugin_row(fields, plugin, source.name, number)

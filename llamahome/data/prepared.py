@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from llamahome import _C
 from llamahome.data.cache import Cache, Entry
+from llamahome.data.own import is_dataset
 from llamahome.data.recipe import Data, refuse_difference
 from llamahome.data.report import DataReport
 from llamahome.data.store import TokenStore
@@ -127,7 +128,9 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], DataReport]:
 
 def find_prepared(data: Data) -> list[Path]:
     """The prepared folders behind paths and globs; none where these are data files. Raises: DataError for both."""
-    paths = [data] if isinstance(data, str | Path) else list(data)
+    if is_dataset(data):
+        return []
+    paths = [data] if isinstance(data, str | Path) else list(cast("Sequence[str | Path]", data))
     found = [(str(path), _prepared_below(str(path))) for path in paths]
     folders = [folder for _, below in found for folder in below]
     others = [path for path, below in found if not below]

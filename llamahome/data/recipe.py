@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from llamahome.config import Config
 from llamahome.data.formats import find_files
+from llamahome.data.own import Dataset
 from llamahome.data.report import DataReport
 from llamahome.data.sources import Source
 from llamahome.data.templates import Renderer
@@ -20,7 +21,7 @@ from llamahome.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-Data = str | Path | Sequence[str | Path]
+Data = str | Path | Sequence[str | Path] | Dataset
 
 FORMAT = 2  # raise it when the same input gives other tokens, or another folder
 # Settings that change the tokens, or whether there are any.

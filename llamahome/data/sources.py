@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import importlib.util
+import inspect
+import json
 import logging
 import os
 import re
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llamahome.errors import ConfigError, DataError
+from llamahome.plugins import is_import_path, load_object
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +39,27 @@ class Plugin:
     read: Callable[[Path], Iterable[Mapping[str, object]]]
     identity: str
 
+    def digest_rows(self) -> str:
+        """SHA-256 of all rows of a plugin that reads no file, or its identity if it has one. Raises: DataError."""
+        if self.identity:
+            return self.identity
+        digest, number = hashlib.sha256(), 0
+        try:
+            for row in self.read(Path()):
+                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+                number += 1
+        except Exception as error:  # the user's code may raise anything
+            where = f"{self.name}:{number + 1}"
+            raise DataError(f"plugin {self.name!r} failed: {_told(error)}", where=where, fix="mend it") from error
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Source:
-    """A data file (`path`) or a hub dataset (`path` None) and the name of its format. `stamp` tells a changed file."""
+    """A data file (`path`), or a hub dataset or a plugin's own rows (`path` None), and the name of its format.
+
+    `stamp` tells a changed file.
+    """
 
     name: str
     path: Path | None
@@ -50,6 +70,8 @@ class Source:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what the rows are made from. Raises: DataError."""
+        if self.path is None and self.plugin:
+            return self.plugin.digest_rows()
         if self.path is None:
             return str(open_hub_dataset(self.name)._fingerprint)
         try:
@@ -184,7 +206,9 @@ def _source(
 def _load_plugins(files: Sequence[str]) -> dict[str, Plugin]:
     """Plugins by extension. Those named in the settings come before installed ones."""
     loaded = [_from_entry_point(point) for point in entry_points(group=ENTRY_POINTS)]
-    loaded += [plugin for file in files if (plugin := _from_file(Path(file).expanduser()))]
+    for file in files:
+        found = _from_object(file) if is_import_path(file) else _from_file(Path(file).expanduser())
+        loaded += [found] if found else []
     return {extension: plugin for plugin in loaded for extension in plugin.extensions}
 
 
@@ -202,6 +226,13 @@ def _from_file(path: Path) -> Plugin | None:
     if not hasattr(module, "EXTENSIONS") and not hasattr(module, "read"):
         return None  # adds something else than a format
     return _checked(path.stem, module, hashlib.sha256(path.read_bytes()).hexdigest(), str(path))
+
+
+def _from_object(name: str) -> Plugin:
+    found = load_object(name, key="data.plugins")
+    source = inspect.getsourcefile(found if inspect.ismodule(found) or inspect.isclass(found) else type(found))
+    identity = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else name
+    return _checked(name, found, identity, name)
 
 
 def _from_entry_point(point: Any) -> Plugin:

@@ -17,6 +17,7 @@ from llamahome.data.encoding import Encoded, Encoder, Rendered
 from llamahome.data.masks import TODAY, Template
 from llamahome.data.schemas import PAIRS, Sample
 from llamahome.errors import ConfigError, ModelError
+from llamahome.plugins import installed, is_import_path, load_object
 
 if TYPE_CHECKING:
     from llamahome.config.schema import DataSettings
@@ -125,6 +126,8 @@ def _ends(backend: Any, eos: int | None) -> tuple[list[int], list[int]]:
 def _template_source(tokenizer: Any, name: str, tokenizer_name: str) -> str | None:
     if name in NAMED:
         return NAMED[name]
+    if name != "auto" and (is_import_path(name) or name in installed("data.template")):
+        return str(load_object(name, key="data.template"))
     if name != "auto":
         return _read_template(Path(name).expanduser())
     if not tokenizer.chat_template:

@@ -79,6 +79,8 @@ def _grouped(pieces: Iterable[tuple[int, Piece]], goal: int) -> Iterator[Pieces]
 
 
 def _size(source: Source) -> int:
+    if source.path is None and source.plugin:
+        return 0
     if source.path is None:
         return int(open_hub_dataset(source.name).data.nbytes)
     return source.stamp[0] * (_INFLATION if source.path.name.endswith(COMPRESSED) else 1)

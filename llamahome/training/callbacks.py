@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from llamahome.errors import ConfigError, LlamaHomeError
 from llamahome.memory.oom import is_oom
-from llamahome.plugins import load_object
+from llamahome.plugins import load_object, name_of
 
 if TYPE_CHECKING:
     from llamahome.training.loop import TrainingLoop
@@ -23,8 +23,9 @@ class Callback(Protocol):
     def __call__(self, event: Event, loop: TrainingLoop, record: Mapping[str, Any]) -> Literal["stop"] | None: ...
 
 
-def load_callbacks(names: Iterable[str]) -> list[Callback]:
-    """The callables named `module:object` in `training.callbacks`; a class is called once, without arguments.
+def load_callbacks(names: Iterable[str | Callback]) -> list[Callback]:
+    """Callbacks by name or `module:object`, and those that are there already; a class is called once, without
+    arguments.
 
     Raises: ConfigError.
     """
@@ -65,7 +66,8 @@ def own_code(called: object, key: str) -> Iterator[None]:
     except Exception as error:  # the user's code may raise anything
         if is_oom(error):
             raise
-        name = f"{called.__module__}:{getattr(called, '__qualname__', type(called).__qualname__)}"
         raise ConfigError(
-            f"{name} failed: {type(error).__name__}: {error}", where=key, fix="mend it; llamahome --debug shows where"
+            f"{name_of(called)} failed: {type(error).__name__}: {error}",
+            where=key,
+            fix="mend it; llamahome --debug shows where",
         ) from error

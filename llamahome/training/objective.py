@@ -94,15 +94,15 @@ class Objective:
         return loss, correct
 
 
-def build_objective(model: Any, loss: str = "cross_entropy", *, chunk_rows: int = 0) -> Objective:
+def build_objective(model: Any, loss: str | LossFunction = "cross_entropy", *, chunk_rows: int = 0) -> Objective:
     """The objective for `model`, proved against the model's own logits on a few tokens.
 
-    `loss` is a name or `module:object`; `chunk_rows` the rows of logits that exist at a time, 0 chooses.
+    `loss` is a function, a name or `module:object`; `chunk_rows` the rows of logits that exist at a time, 0 chooses.
     Raises: ModelError when the architecture changes its logits in a way that is not known here.
     """
     known: dict[str, LossFunction] = {"cross_entropy": partial(kernels.linear_cross_entropy, chunk_rows=chunk_rows)}
     found = load_object(loss, key="training.loss", known=known)
-    objective = Objective(model, found if loss in known else _guarded(found))
+    objective = Objective(model, found if found in known.values() else _guarded(found))
     _check_projection(objective)
     return objective
 

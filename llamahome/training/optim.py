@@ -11,7 +11,7 @@ from torch import nn
 
 from llamahome.config import OptimizationSettings
 from llamahome.errors import ConfigError
-from llamahome.plugins import load_object
+from llamahome.plugins import load_object, name_of
 from llamahome.training.callbacks import own_code
 
 
@@ -19,6 +19,12 @@ class Schedule(Protocol):
     """Factor on the learning rate before optimizer step `step` (from 0) of `total`."""
 
     def __call__(self, step: int, total: int, warmup: int) -> float: ...
+
+
+class OptimizerFactory(Protocol):
+    """Makes the optimizer from the two parameter groups (with and without weight decay) and the settings."""
+
+    def __call__(self, groups: list[dict[str, Any]], settings: OptimizationSettings, /) -> torch.optim.Optimizer: ...
 
 
 def constant(step: int, total: int, warmup: int) -> float:
@@ -70,20 +76,23 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, settings: OptimizationSettings) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, settings: OptimizationSettings, factory: OptimizerFactory | None = None
+) -> torch.optim.Optimizer:
     """The optimizer over `model`'s trainable parameters.
 
-    A name of the user's own (`module:object`) is called with the two parameter groups and the settings.
+    An optimizer of the user's own (`factory`, or a name) is called with the two parameter groups and the settings.
     Raises: ConfigError when it is unknown or fails.
     """
-    build = load_object(settings.optimizer, key="optimization.optimizer", known=OPTIMIZERS)
+    name = name_of(factory) if factory else settings.optimizer
+    build = load_object(factory or settings.optimizer, key="optimization.optimizer", known=OPTIMIZERS)
     try:
         optimizer = build(decay_groups(model, settings.weight_decay), settings)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"it gave {type(optimizer).__name__}, not a torch.optim.Optimizer")
     except Exception as error:  # the user's own code may raise anything
         raise ConfigError(
-            f"{settings.optimizer} cannot be built: {error}", where="optimization.optimizer",
+            f"{name} cannot be built: {error}", where="optimization.optimizer",
             fix="name a function of the parameter groups and the optimization settings",
         ) from error  # fmt: skip
     return optimizer
@@ -98,17 +107,20 @@ def resolve_warmup(settings: OptimizationSettings, total_steps: int) -> int:
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, settings: OptimizationSettings, total_steps: int
+    optimizer: torch.optim.Optimizer, settings: OptimizationSettings, total_steps: int, shape: Schedule | None = None
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule over `total_steps` optimizer steps, never below `min_lr_ratio` after the warm-up."""
-    shape = load_object(settings.scheduler_type, key="optimization.scheduler_type", known=SCHEDULES)
+    """The schedule over `total_steps` optimizer steps, never below `min_lr_ratio` after the warm-up.
+
+    `shape` stands in for `optimization.scheduler_type`.
+    """
+    chosen = load_object(shape or settings.scheduler_type, key="optimization.scheduler_type", known=SCHEDULES)
     warmup = resolve_warmup(settings, total_steps)
-    extra = {"decay_ratio": settings.decay_ratio} if settings.scheduler_type == "warmup_stable_decay" else {}
+    extra = {"decay_ratio": settings.decay_ratio} if chosen is warmup_stable_decay else {}
     low = settings.min_lr_ratio
 
     def factor(step: int) -> float:
-        with own_code(shape, "optimization.scheduler_type"):
-            value = float(shape(step, total_steps, warmup, **extra))
+        with own_code(chosen, "optimization.scheduler_type"):
+            value = float(chosen(step, total_steps, warmup, **extra))
         if not math.isfinite(value):
             raise ConfigError(f"the schedule gave {value} at step {step}", where="optimization.scheduler_type")
         return value if step < warmup else low + (1 - low) * value
