@@ -2,8 +2,11 @@
 
 Projections over one input form a group: the input is normalised once, multiplied once by the group's A matrices laid
 one upon the other (rank R in all), and kept once. The norm's output, and the MLP's product, are made again in backward
-where they are read. No weight is ever merged. Saved per token and Llama layer in bf16, all projections adapted:
-8h + 4f + 4kv + 4hq + 14r + 8 bytes (h hidden, f MLP width, kv key-value width, hq query heads, r rank).
+where they are read. No weight is ever merged. A frozen weight in 4 bits (`nf4.Nf4Weight`) is made dense where a
+product reads it, in forward and again in backward, one projection at a time.
+
+Saved per token and Llama layer in bf16, all projections adapted: 8h + 4f + 4kv + 4hq + 14r + 8 bytes (h hidden, f MLP
+width, kv key-value width, hq query heads, r rank).
 
 Shapes: T tokens, K inputs, N outputs, r rank. Products run in autocast's dtype where it is on, else in that of x; each
 gradient comes in the dtype of its tensor.
@@ -11,7 +14,8 @@ gradient comes in the dtype of its tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +35,7 @@ from llamahome.kernels.lora_products import (
     weight_gradients,
 )
 from llamahome.kernels.mlp import Activation, GatedLora, gated_backward, gated_forward
+from llamahome.kernels.nf4 import NestedAbsmax, Nf4Weight, dequantize_reference
 from llamahome.kernels.norm import rms_norm_apply, rms_norm_backward, rms_norm_forward, rms_norm_reference
 
 
@@ -44,7 +49,8 @@ class NormWeights(NamedTuple):
 
 def lora_linear_reference(x: Tensor, lora: LoraWeights) -> Tensor:
     """The plain definition, differentiable; the same result as `lora_linear`, dropout drawn in the same order."""
-    y: Tensor = F.linear(x, lora.weight, lora.bias)
+    weight = dequantize_reference(lora.weight, x.dtype) if isinstance(lora.weight, Nf4Weight) else lora.weight
+    y: Tensor = F.linear(x, weight, lora.bias)
     if lora.a is not None and lora.b is not None:
         y = y + F.linear(F.linear(F.dropout(x, lora.dropout), lora.a), lora.b) * lora.scaling
     return y
@@ -75,7 +81,7 @@ def lora_linear(x: Tensor, lora: LoraWeights, residual: Tensor | None = None) ->
     if lora.a is not None and lora.b is not None and _is_small(x, lora):
         from llamahome.kernels.lora_triton import lora_linear as small
 
-        y: Tensor = small(x.to(options[2]), lora.weight, lora.bias, lora.a, lora.b, lora.scaling)[0]
+        y: Tensor = small(x.to(options.dtype), lora.weight, lora.bias, lora.a, lora.b, lora.scaling)[0]
         return y if residual is None else residual + y
     return _linear(x, residual, options, tensors)
 
@@ -117,9 +123,34 @@ def lora_mlp(
     return _mlp(x, weight, flags, *_flatten([*gates, down], x))
 
 
-# What is no tensor of a group: the projections' scalings, their dropout probabilities, and the products' dtype.
-_Options = tuple[tuple[float, ...], tuple[float, ...], torch.dtype]
-_Tensors = tuple[Tensor | None, ...]
+class _Options(NamedTuple):
+    """What is no tensor of a group."""
+
+    scalings: tuple[float, ...]
+    dropouts: tuple[float, ...]
+    dtype: torch.dtype  # of the products
+    packs: tuple[_Pack | None, ...]  # of weights in 4 bits
+
+    @property
+    def projections(self) -> int:
+        return len(self.scalings)
+
+    @property
+    def no_gradients(self) -> list[None]:
+        """One for each tensor of a pack that is none of a projection's four."""
+        return [None] * sum(pack.others for pack in self.packs if pack)
+
+
+class _Pack(NamedTuple):
+    """What is no tensor of a weight in 4 bits, and how many tensors it has besides `packed`."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    block: int
+    others: int
+
+
+_Tensors = tuple[Tensor | None, ...]  # weight or packed, bias, a, b of each projection; then the packs' other tensors
 
 
 def _linear(x: Tensor, residual: Tensor | None, options: _Options, tensors: _Tensors) -> Tensor:
@@ -151,7 +182,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         loras = _unflatten(tensors, options)
         out: Tensor
-        (out,), xa, masks = project(x.to(options[2]), loras, residual)
+        (out,), xa, masks = project(x.to(options.dtype), loras, residual)
         ctx.save_for_backward(x, xa, *tensors, *masks)
         ctx.options, ctx.residual_dtype = options, None if residual is None else residual.dtype
         return out
@@ -160,10 +191,10 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out: Tensor):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
         (x, xa), loras, masks = _saved(ctx, 2)
-        y, d_low = x.to(ctx.options[2]), d_out.to(ctx.options[2])
+        y, d_low = x.to(ctx.options.dtype), d_out.to(ctx.options.dtype)
         d_x, grads = project_backward([d_low], y, xa, loras, masks, ctx.needs_input_grad[3:], ctx.needs_input_grad[0])
         d_residual = d_out.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None
-        return None if d_x is None else d_x.to(x.dtype), d_residual, None, *grads
+        return None if d_x is None else d_x.to(x.dtype), d_residual, None, *grads, *ctx.options.no_gradients
 
 
 class _NormLinears(torch.autograd.Function):
@@ -173,7 +204,7 @@ class _NormLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         loras = _unflatten(tensors, options)
         y, rstd = _normalised(x, norm, eps, offset)
-        outs, xa, masks = project(y.to(options[2]), loras)
+        outs, xa, masks = project(y.to(options.dtype), loras)
         ctx.save_for_backward(x, norm, rstd, xa, *tensors, *masks)
         ctx.options, ctx.offset = options, offset
         return tuple(outs)
@@ -184,12 +215,12 @@ class _NormLinears(torch.autograd.Function):
         (x, norm, rstd, xa), loras, masks = _saved(ctx, 4)
         need_x, need_norm = ctx.needs_input_grad[:2]
         y = x if norm is None else rms_norm_apply(x, norm, rstd, ctx.offset)
-        d_low = [d_out.to(ctx.options[2]) for d_out in d_outs]
+        d_low = [d_out.to(ctx.options.dtype) for d_out in d_outs]
         d_y, grads = project_backward(
-            d_low, y.to(ctx.options[2]), xa, loras, masks, ctx.needs_input_grad[5:], need_x or need_norm
+            d_low, y.to(ctx.options.dtype), xa, loras, masks, ctx.needs_input_grad[5:], need_x or need_norm
         )
         d_x, d_norm = _norm_backward(d_y, x, norm, rstd, ctx.offset, need_norm, None)
-        return d_x, d_norm, None, None, None, *grads
+        return d_x, d_norm, None, None, None, *grads, *ctx.options.no_gradients
 
 
 class _Mlp(torch.autograd.Function):
@@ -201,7 +232,7 @@ class _Mlp(torch.autograd.Function):
         *gates, down = _unflatten(tensors, options)
         y, rstd = _normalised(x, norm, eps, offset)
         bare = _bare(x, gates)
-        outs, xa, masks = project(y.to(options[2]), bare)
+        outs, xa, masks = project(y.to(options.dtype), bare)
         h = gated_forward(*_halves(outs), activation, _update(bare, gates, xa))
         out: Tensor
         (out,), xa_down, mask_down = project(h, [down], x if residual else None)
@@ -216,7 +247,7 @@ class _Mlp(torch.autograd.Function):
         (x, norm, rstd, xa, xa_down, *outs), loras, masks = _saved(ctx, 5 + ctx.count)
         _, offset, activation, residual, _ = ctx.flags
         need_x, need_norm = ctx.needs_input_grad[:2]
-        needs, dtype = ctx.needs_input_grad[4:], ctx.options[2]
+        needs, dtype = ctx.needs_input_grad[4:], ctx.options.dtype
         *gates, down = loras
         y = (x if norm is None else rms_norm_apply(x, norm, rstd, offset)).to(dtype)
         bare = _bare(x, gates)
@@ -232,29 +263,53 @@ class _Mlp(torch.autograd.Function):
         del d_e, d_g
         d_y, grads = project_backward(d_outs, y, xa, gates, masks[:-1], needs[:split], need_x or need_norm)
         d_x, d_norm = _norm_backward(d_y, x, norm, rstd, offset, need_norm, d_out if residual else None)
-        return d_x, d_norm, None, None, *grads, *grads_down
+        return d_x, d_norm, None, None, *grads, *grads_down, *ctx.options.no_gradients
 
 
 def _flatten(loras: Sequence[LoraWeights], x: Tensor) -> tuple[_Options, _Tensors]:
     """The tensors of a group in a row, as autograd wants them, and the rest."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    tensors: list[Tensor | None] = []
+    others: list[Tensor] = []
+    packs: list[_Pack | None] = []
+    for weight, bias, a, b, _, _ in loras:
+        if isinstance(weight, Nf4Weight):
+            more = [weight.code, *((weight.absmax,) if isinstance(weight.absmax, Tensor) else weight.absmax)]
+            packs.append(_Pack(weight.shape, weight.dtype, weight.block, len(more)))
+            others += more
+            tensors += [weight.packed, bias, a, b]
+        else:
+            packs.append(None)
+            tensors += [weight, bias, a, b]
     scalings, dropouts = tuple(lora.scaling for lora in loras), tuple(lora.dropout for lora in loras)
-    return (scalings, dropouts, dtype), tuple(tensor for lora in loras for tensor in lora[:4])
+    return _Options(scalings, dropouts, dtype, tuple(packs)), (*tensors, *others)
 
 
 def _unflatten(tensors: Sequence[Tensor | None], options: _Options) -> list[LoraWeights]:
-    """The group again, its tensors in the dtype of the products."""
-    scalings, dropouts, dtype = options
-    low: list[Any] = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-    count = len(scalings)
-    return [LoraWeights._make((*low[4 * i : 4 * i + 4], scalings[i], dropouts[i])) for i in range(count)]
+    """The group again, its tensors in the dtype of the products, but weights in 4 bits as they are."""
+    others = iter(tensors[4 * options.projections :])
+    loras = []
+    for i, pack in enumerate(options.packs):
+        weight, *rest = tensors[4 * i : 4 * i + 4]
+        low: list[Any] = [None if tensor is None else tensor.to(options.dtype) for tensor in rest]
+        assert weight is not None
+        whole = weight.to(options.dtype) if pack is None else _packed(weight, others, pack)
+        loras.append(LoraWeights(whole, *low, options.scalings[i], options.dropouts[i]))
+    return loras
+
+
+def _packed(packed: Tensor, others: Iterator[Any], pack: _Pack) -> Nf4Weight:
+    code, *absmax = itertools.islice(others, pack.others)
+    return Nf4Weight(
+        packed, absmax[0] if len(absmax) == 1 else NestedAbsmax(*absmax), pack.shape, pack.dtype, code, pack.block
+    )
 
 
 def _saved(ctx: Any, count: int) -> tuple[tuple[Tensor, ...], list[LoraWeights], list[Tensor | None]]:
     """The first `count` saved tensors, the group, and a dropout mask or None for each of its projections."""
     tensors = ctx.saved_tensors
-    end = count + 4 * len(ctx.options[0])
+    end = count + 4 * ctx.options.projections + len(ctx.options.no_gradients)
     loras = _unflatten(tensors[count:end], ctx.options)
     drawn = iter(tensors[end:])
     return tensors[:count], loras, [next(drawn) if drops(lora) else None for lora in loras]

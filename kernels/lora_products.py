@@ -14,11 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llamahome.kernels.nf4 import Nf4Weight, dequantize
+
 
 class LoraWeights(NamedTuple):
-    """A linear layer and its adapter: y = x @ weight.T + bias + scaling * dropout(x) @ a.T @ b.T."""
+    """A linear layer and its adapter: y = x @ weight.T + bias + scaling * dropout(x) @ a.T @ b.T.
 
-    weight: Tensor  # [N, K]
+    A frozen weight may be in 4 bits (QLoRA): `weight=nf4.from_bitsandbytes(module.weight)`. Every operation that takes
+    a `LoraWeights` takes it so.
+    """
+
+    weight: Tensor | Nf4Weight  # [N, K]
     bias: Tensor | None = None  # [N]
     a: Tensor | None = None  # [r, K]; None without an adapter
     b: Tensor | None = None  # [N, r]
@@ -28,6 +34,11 @@ class LoraWeights(NamedTuple):
     @property
     def rank(self) -> int:
         return 0 if self.a is None else self.a.shape[0]
+
+
+def dense(lora: LoraWeights, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] in the dtype of the products; of one in 4 bits a new tensor, which nobody should keep."""
+    return dequantize(lora.weight, dtype) if isinstance(lora.weight, Nf4Weight) else lora.weight.to(dtype)
 
 
 def drops(lora: LoraWeights) -> bool:
@@ -61,9 +72,9 @@ def outputs(y: Tensor, xa: Tensor | None, loras: list[LoraWeights], residual: Te
     outs = []
     for lora in loras:
         if residual is not None and residual.dtype == y.dtype and lora.bias is None:
-            out = torch.addmm(residual, y, lora.weight.T)
+            out = torch.addmm(residual, y, dense(lora, y.dtype).T)
         else:
-            out = F.linear(y, lora.weight, lora.bias)
+            out = F.linear(y, dense(lora, y.dtype), lora.bias)
         if lora.b is not None:
             out = torch.addmm(out, next(parts), lora.b.T, alpha=lora.scaling)
         if residual is not None and (residual.dtype != y.dtype or lora.bias is not None):
@@ -87,7 +98,9 @@ def input_gradient(
 ) -> Tensor:
     total = None
     for d_out, lora in zip(d_outs, loras, strict=True):
-        total = d_out @ lora.weight if total is None else torch.addmm(total, d_out, lora.weight)
+        weight = dense(lora, d_out.dtype)
+        total = d_out @ weight if total is None else torch.addmm(total, d_out, weight)
+        del weight  # before the next one is made
     assert total is not None
     if d_xa is None:
         return total

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llamahome.kernels import loss, mlp, norm, rope  # noqa: F401, they register the operators
+from llamahome.kernels import loss, mlp, nf4, norm, rope  # noqa: F401, they register the operators
 
 OPS = torch.ops.llamahome
 
@@ -34,6 +34,8 @@ def _cases():
     yield "gated_lora", (_random(*rows), _random(*rows), "gelu_tanh", *update)
     yield "gated_backward", (*[_random(*rows)] * 3, "silu", *update)
     yield "gated_backward", (*[_random(*rows)] * 3, "silu", None, None, None, None, 0.0, 0.0)
+    weight = nf4.quantize(_random(5, 8))
+    yield "nf4_dequantize", (weight.packed, weight.absmax, weight.code, 5, 8, 64, torch.bfloat16)
     labels, form = torch.tensor([3, -100, 0, 1, 2]), (1.0, 0.0, 0.1, 0.01)
     for trained in (True, False):
         inputs = [x.requires_grad_(trained) for x in (_random(*rows), _random(7, 8), _random(7))]
@@ -50,7 +52,7 @@ def test_the_operator_keeps_the_rules(name, arguments):
 
 def test_every_operator_of_these_files_is_checked():
     checked = {name for name, _ in _cases()}
-    prefixes = ("rms_norm", "add_rms_norm", "rope", "gated", "linear_cross_entropy")
+    prefixes = ("rms_norm", "add_rms_norm", "rope", "gated", "nf4", "linear_cross_entropy")
     registered = {
         schema.name.removeprefix("llamahome::")
         for schema in torch._C._jit_get_all_schemas()
