@@ -26,6 +26,7 @@ from llamahome.config.fields import (
 )
 
 Auto = Literal["auto"]
+Recompute = bool | Literal["auto", "mlp"]
 Count = Annotated[int, Field(ge=1)]
 Workers = Annotated[int, Field(ge=0)] | Auto
 Attention = Literal["auto", "llamahome", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "xformers"]
@@ -169,8 +170,9 @@ class ProcessingSettings(Section):
     """Numbers, kernels and devices."""
 
     mixed_precision: bool = Field(default=True, description="Compute in bf16 or fp16 where the hardware is fast at it.")
-    gradient_checkpointing: bool | Auto = Field(
-        default="auto", description="Recompute activations in the backward pass; auto does so only if memory is short."
+    gradient_checkpointing: Recompute = Field(
+        default="auto",
+        description="Recompute layers, or only their MLPs' products, in backward; auto does so if memory is short.",
     )
     compile_mode: Literal["none", "auto", "default", "reduce-overhead", "max-autotune"] = Field(
         default="auto", description="torch.compile mode; auto compiles where a measured trial says that it pays."
@@ -216,7 +218,7 @@ class TrainingSettings(Section):
     )
     accumulation_steps: Count = Field(default=4, description="Same setting as training.gradient_accumulation.")
     mixed_precision: bool = Field(default=True, description="Same setting as processing.mixed_precision.")
-    gradient_checkpointing: bool | Auto = Field(
+    gradient_checkpointing: Recompute = Field(
         default="auto", description="Same setting as processing.gradient_checkpointing."
     )
     memory_efficient_attention: bool = Field(

@@ -96,19 +96,19 @@ def rungs(
 ) -> Iterator[Rung]:
     """The ladder from the fastest settings to the smallest; what the user decided stays as it is.
 
-    `loss_chunk` 0 and `checkpointing` "auto" are open. Only fused layers can make the MLP's products alone again.
+    `loss_chunk` 0 and `checkpointing` "auto" are open. Only `fused` layers can make the MLP's products alone again.
     Activations are moved out of a GPU's memory only: beside a CPU there is no other memory, and disks are too slow to
     hold what each layer keeps.
     """
     chunks = [loss_chunk] if loss_chunk else [default_loss_rows(vocabulary, device), SMALL_LOSS_CHUNK]
     for chunk in dict.fromkeys(chunks):
-        yield Rung(chunk, gradient_checkpointing=checkpointing is True)
+        yield Rung(chunk, recompute_mlp=checkpointing == "mlp", gradient_checkpointing=checkpointing is True)
     if checkpointing == "auto":
         if fused:
             yield Rung(chunks[-1], recompute_mlp=True)
         yield Rung(chunks[-1], gradient_checkpointing=True)
     if device.partition(":")[0] == "cuda":
-        yield Rung(chunks[-1], gradient_checkpointing=checkpointing is not False, offload=True)
+        yield Rung(chunks[-1], checkpointing == "mlp", checkpointing in (True, "auto"), offload=True)
 
 
 def climb(

@@ -20,7 +20,8 @@ MIB = 1 << 20
 # Python, torch, transformers and PEFT with what PEFT loads (bitsandbytes, torchao), and what the libraries add in the
 # first step: measured on Linux x86. A CUDA context and cuBLAS' workspaces take about 500 MiB (not measured here).
 RUNTIME_BYTES = {"cpu": 536 * MIB, "cuda": 500 * MIB}
-_NF4_BYTES = 0.516  # 4 bits, and a doubly quantised scale for each 64 weights
+# NF4 (arXiv 2305.14314): 4 bits, 8 bits of scale for each 64 weights, and 32 bits for each 256 of these scales.
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 # What the C library's heap holds on top of live tensors, as a share of activations and loss (glibc 2.36). Fused layers
 # without training of the base: fitted to four resident peaks, `benchmarks/governor.py --plans` prints them anew. The
 # others are estimates. Keys: fused layers, base is trained, 2-byte types, checkpointing.
@@ -34,10 +35,13 @@ _HEAP_SLACK = {
     (True, True, True, False): 0.3, (True, True, False, False): 0.3,
     (True, True, True, True): 0.9, (True, True, False, True): 0.9,
 }  # fmt: skip
+FIRST_STEP_BYTES = 32 * MIB  # libraries' pages and generated code that the first step touches
 _GPU_SLACK = 0.05  # of the caching allocator; not measured here
 _LOSS_CHUNK_BYTES, _GPU_LOSS_CHUNK_BYTES = 64 * MIB, 512 * MIB
 _READER_BYTES = 3 * 24  # three rows of int64 per token, for this step and two read ahead
-_OPTIMIZER_BYTES = {"adamw": 8, "sgd": 0, "adafactor": 0}
+# Of state per trained weight: two moments in fp32; SGD's momentum; Adafactor keeps sums of rows and columns only.
+_OPTIMIZER_BYTES = {"adamw": 8.0, "sgd": 4.0, "adafactor": 0.0}
+_EIGHT_BITS = 2 * (1 + 4 / 256)  # bitsandbytes: both moments in a byte, with a scale in fp32 for each 256
 COMPILE_BYTES = 256 * MIB  # graphs and generated code of one decoder layer's two passes; an estimate
 FIXED = ("weights", "adapters", "gradients", "optimizer", "overhead", "gathered", "reader", "compile_scratch")
 PARTS = (*FIXED[:4], "activations", "loss", "allocator", *FIXED[4:])
@@ -135,8 +139,8 @@ def plan_memory(
     model_config: Any, *, method: Method = "lora", lora: AdapterSettings | None = None, precision: str = "bf16",
     max_length: int = 512, micro_batch_tokens: int | None = None, gradient_checkpointing: bool = False,
     optimizer: str = "adamw", trained_fraction: float = 1.0, loss_chunk: int = 0, device: str = "cpu",
-    fused: bool = False, recompute_mlp: bool = False, offload: bool = False, ranks: int = 1, step_tokens: int = 0,
-    compiled: bool = False,
+    fused: bool = False, recompute_mlp: bool = False, offload: bool = False, ranks: int = 1, reshard: bool = True,
+    step_tokens: int = 0, compiled: bool = False, process_bytes: int | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """Plan one training step from the model's configuration alone; neither weights nor torch are needed.
 
@@ -151,8 +155,10 @@ def plan_memory(
         recompute_mlp: fused layers make the MLP's gate and up products again in backward.
         offload: a GPU's kept activations lie in host memory until backward wants them.
         ranks: processes that share weights, gradients and optimizer (FSDP2); the result is one rank's.
+        reshard: they give a layer back after its forward pass and gather it again for backward.
         step_tokens: tokens of the largest step, for what is read ahead.
         compiled: layers go through torch.compile.
+        process_bytes: what the process holds before the model is loaded; by default what it usually is.
 
     Raises: ModelError for a configuration that is not a decoder's.
     """
@@ -165,17 +171,16 @@ def plan_memory(
     remade = 2 * element * shape.mlp if recompute_mlp and fused and not gradient_checkpointing else 0
     entry = shape.hidden * (2 if low and not trains_base else 4)
     kept = entry if gradient_checkpointing else layer - remade
-    kept *= (
-        min(2, shape.layers) if offload else shape.layers
-    )  # one layer's is on its way out while the next is computed
+    # Of what is moved away, one layer's is on its way out while the next is computed.
+    kept *= min(2, shape.layers) if offload else shape.layers
     copies = _weight_copies(shape, low, method, fused) // (shape.layers if gradient_checkpointing and not fused else 1)
     cpu = device.partition(":")[0] == "cpu"
     return MemoryPlan(
         weights=_weights(shape, method, element) // ranks,
         adapters=adapters * (4 + (2 if low else 0)) // ranks,
         gradients=4 * trained // ranks,
-        optimizer=_OPTIMIZER_BYTES.get(optimizer, 8) * trained // ranks,
-        overhead=RUNTIME_BYTES["cpu" if cpu else "cuda"] + copies,
+        optimizer=int(optimizer_bytes(optimizer) * trained) // ranks,
+        overhead=_process(process_bytes, cpu) + copies,
         micro_batch_tokens=micro_batch_tokens or max_length,
         saved_per_token=kept + _ends(shape, low, trains_base, trained_fraction),
         backward_per_token=backward_per_token(shape, low=low, trains_base=trains_base, fused=fused)
@@ -189,10 +194,17 @@ def plan_memory(
         quantized_weights=_weights(shape, "qlora", element) // ranks,
         recompute_mlp=remade > 0,
         offload=offload,
-        gathered=_gathered(shape, method, element) if ranks > 1 else 0,
+        gathered=_gathered(shape, method, element, reshard) if ranks > 1 else 0,
         reader=_READER_BYTES * step_tokens,
         compile_scratch=COMPILE_BYTES if compiled else 0,
     )
+
+
+def _process(held: int | None, cpu: bool) -> int:
+    """Bytes of the process without the model; only on a CPU do they count against the same limit."""
+    if not cpu:
+        return RUNTIME_BYTES["cuda"]
+    return RUNTIME_BYTES["cpu"] if held is None else held + FIRST_STEP_BYTES
 
 
 def default_loss_rows(vocabulary: int, device: str = "cpu") -> int:
@@ -202,11 +214,21 @@ def default_loss_rows(vocabulary: int, device: str = "cpu") -> int:
     return max(1024, min(4096, _GPU_LOSS_CHUNK_BYTES // (2 * vocabulary) // 256 * 256))
 
 
-def _gathered(shape: ModelShape, method: Method, element: int) -> int:
-    """FSDP2 holds the unit at work and the next one whole, in the compute type; the embeddings are one unit."""
+def optimizer_bytes(name: str) -> float:
+    """Bytes of state per trained weight; an optimizer of the user's own is taken for one with two moments."""
+    return _EIGHT_BITS if "8bit" in name else _OPTIMIZER_BYTES.get(name, 8.0)
+
+
+def _gathered(shape: ModelShape, method: Method, element: int, reshard: bool) -> int:
+    """Whole weights that a rank of FSDP2 holds besides its own parts, in the compute type.
+
+    Embeddings and norms are one unit, whole from forward to backward. Of the layers there are the one at work and the
+    next, which is on its way; without `reshard` all. A trained layer's gradient is whole before it is summed in fp32.
+    """
     layer = shape.linear_parameters // shape.layers
-    packed = int(layer * _NF4_BYTES) if method == "qlora" else layer * element
-    return 2 * max(packed, shape.vocabulary * shape.hidden * element)
+    packed = int(layer * (NF4_BYTES if method == "qlora" else element))
+    gradient = layer * (element + 4) if method in ("full", "qat") else 0
+    return shape.other_parameters * element + packed * (min(2, shape.layers) if reshard else shape.layers) + gradient
 
 
 def _adapter_parameters(shape: ModelShape, adapter: AdapterSettings) -> int:
@@ -217,7 +239,7 @@ def _adapter_parameters(shape: ModelShape, adapter: AdapterSettings) -> int:
 
 def _weights(shape: ModelShape, method: Method, element: int) -> int:
     if method == "qlora":
-        return int(shape.linear_parameters * _NF4_BYTES) + shape.other_parameters * 2
+        return int(shape.linear_parameters * NF4_BYTES) + shape.other_parameters * element
     return (shape.linear_parameters + shape.other_parameters) * (4 if method in ("full", "qat") else element)
 
 
@@ -232,7 +254,7 @@ def _weight_copies(shape: ModelShape, low: bool, method: Method, fused: bool) ->
         case "lora":
             return 0
         case "qlora":
-            return 2 * shape.hidden * shape.mlp
+            return element * shape.hidden * shape.mlp
         case "full":
             cast = (2 * shape.hidden * shape.mlp if fused else 2 * shape.linear_parameters) if low else 0
             return cast + 4 * shape.largest_weight

@@ -11,6 +11,7 @@ import torch
 
 from llamahome.config import Config
 from llamahome.data.store import TokenStore
+from llamahome.errors import ConfigError
 from llamahome.memory.agree import kept_budget
 from llamahome.memory.governor import ENOUGH_TOKENS, MemoryGovernor
 from llamahome.memory.ladder import Machine, Workload, choose_plan
@@ -29,12 +30,15 @@ def build_governor(
     """The governor of a run in the folder `run`, by the first plan of the ladder that fits.
 
     It goes on where `state` left it, below a budget that a rank kept in `run` when it ran out of memory.
-    Raises: MemoryLimitError when nothing fits.
+    Raises: MemoryLimitError when nothing fits; ConfigError for what unfused layers cannot do.
     """
     monitor = MemoryMonitor(str(device))
     limit = resolve_limit(config, str(device), monitor)
     work = workload(store, state.samples_per_step)
     fused = config.processing.fuse and knows(architecture.get("model_type"))
+    if config.processing.gradient_checkpointing == "mlp" and not fused:
+        raise ConfigError("only fused layers can make their MLPs' products alone again",
+                          where="processing.gradient_checkpointing", fix="set it to true")  # fmt: skip
     machine = Machine(device.type, limit, ranks)
     plan = choose_plan(architecture, config, machine, work, precision=precision.name, fused=fused).plan
     most = kept_budget(run)
