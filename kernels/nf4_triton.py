@@ -15,7 +15,7 @@ from torch import Tensor
 from llamahome.kernels.cases import static_case
 from llamahome.kernels.launch import StaticCase, aligned
 
-_BYTES = 2048  # of one program: 16 for each of 128 threads, one wide load
+_BYTES = 4096  # of one program: a wide load or two for each of 128 threads, one for each of AMD's 256
 
 
 @triton.jit

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llamahome.kernels.lora import LoraWeights, NormWeights, lora_linear, lora_mlp, norm_lora_linears
+from llamahome.kernels.nf4 import Nf4Weight, from_bitsandbytes
 from llamahome.kernels.norm import rms_norm
 from llamahome.kernels.rope import rotate
 from llamahome.model.compile import decoder_layers
@@ -159,22 +160,33 @@ def _kind(module: Any) -> str:
 
 def projection(module: Any) -> LoraWeights | None:
     """A linear layer's weights and those of the LoRA adapter that PEFT put on it; None where it is more than that."""
-    if type(module) is nn.Linear:
-        return LoraWeights(module.weight, module.bias)
-    base = getattr(module, "base_layer", None)
-    if type(base) is not nn.Linear or not hasattr(module, "lora_A"):
+    base = getattr(module, "base_layer", module)
+    weight = _weight(base)
+    if weight is None or (base is not module and not hasattr(module, "lora_A")):
         return None
+    bare = LoraWeights(weight, base.bias)
+    if base is module:
+        return bare
     if module.merged:
-        return None if module.disable_adapters else LoraWeights(base.weight, base.bias)
+        return None if module.disable_adapters else bare
     active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
     if not active:
-        return LoraWeights(base.weight, base.bias)
+        return bare
     name = active[0]
     a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
     if len(active) > 1 or name in module.lora_variant or type(a) is not nn.Linear or b.bias is not None:
         return None
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    return LoraWeights(base.weight, base.bias, a.weight, b.weight, float(module.scaling[name]), p)
+    return LoraWeights(weight, base.bias, a.weight, b.weight, float(module.scaling[name]), p)
+
+
+def _weight(base: Any) -> Tensor | Nf4Weight | None:
+    """A linear layer's weight, dense or in bitsandbytes' 4 bits; None for other layers."""
+    if type(base) is nn.Linear:
+        return base.weight
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    known = type(base).__name__ == "Linear4bit" and state is not None and state.quant_type == "nf4"
+    return from_bitsandbytes(base.weight) if known else None
 
 
 def _forward_of(family: Family, recompute_mlp: bool) -> Callable[..., Tensor]:

@@ -122,6 +122,23 @@ def test_only_some_projections_adapted():
     assert_near(results(model), expected, 1e-5)
 
 
+def test_layers_in_4_bits_are_fused():
+    """QLoRA: bitsandbytes' layers with PEFT's adapters, against their own forward in fp32."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model = build("Llama", hidden_size=64, intermediate_size=128).float()  # its rows end with a block, see nf4.py
+    for name, module in list(model.model.layers.named_modules()):
+        if type(module) is nn.Linear:
+            packed = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, quant_type="nf4")
+            packed.weight = bnb.nn.Params4bit(module.weight.detach(), quant_type="nf4", module=packed)._quantize("cpu")
+            model.model.layers.set_submodule(name, packed)
+    model = adapted(model).float()
+    before = results(model)
+    report = fuse(model)
+    assert not report.kept
+    for ours, theirs in zip(results(model), before, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_an_adapter_can_be_disabled_and_merged_afterwards():
     model = adapted(build("Llama"))
     ids = torch.arange(1, 9)[None]
