@@ -1,13 +1,16 @@
 """The memory contract on a real model: how near the plan is, and whether runs under real limits finish within them.
 
-    python benchmarks/governor.py                 # SmolLM2-135M and a tiny model: 12 plans, limits, a competitor
-    python benchmarks/governor.py --plans         # the plans only; --limits: the limits only
+    python benchmarks/governor.py                 # SmolLM2-135M and a tiny model: 12 plans, limits, a competitor, speed
+    python benchmarks/governor.py --plans         # only the plans; --model tiny: only that model's
+    python benchmarks/governor.py --limits        # only the limits
+    python benchmarks/governor.py --speed         # only the speed with twice the minimum
     python benchmarks/governor.py --quick         # two plans and one limit, about a minute on two free cores
 
 Each measurement is a process of its own. The last line of stdout is a JSON object: `plan_error_max` (largest
 |planned / measured - 1| of the peaks), `runs` (under a limit), `kills` (ended by the kernel or by an error),
-`peak_over_limit` (highest peak by its limit), `throughput_share` (tokens per second with a limit of twice the minimum
-by the best of fixed batch sizes). Limits are RLIMIT_DATA, so nothing is mocked.
+`peak_over_limit` (highest peak by its limit), `too_small_exit` and `too_small_seconds` (with 0.8 of the minimum),
+`limit_used` (peak by a limit of twice the minimum) and `throughput_share` (its tokens per second by those of the best
+fixed batch size that runs under the same limit). Limits are RLIMIT_DATA, so nothing is mocked.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ import json
 import os
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +37,11 @@ FULL, FP32 = {"training.method": "full"}, {"processing.precision": "fp32"}
 # Model, samples per micro-batch, tokens per sample, settings.
 PLANS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("smollm2", 1, 512, {}),
-    ("smollm2", 4, 512, {}),
+    ("smollm2", 4, 256, {}),
     ("smollm2", 2, 512, CHECKPOINTED),
-    ("smollm2", 8, 256, CHECKPOINTED),
-    ("smollm2", 1, 512, FP32),
-    ("smollm2", 4, 256, FP32 | CHECKPOINTED),
+    ("smollm2", 2, 256, {"processing.gradient_checkpointing": "mlp"}),
+    ("smollm2", 1, 256, FP32),
+    ("smollm2", 2, 256, FP32 | CHECKPOINTED),
     ("smollm2", 1, 256, FULL),
     ("smollm2", 1, 256, FULL | FP32 | CHECKPOINTED),
     ("tiny", 4, 512, {}),
@@ -45,12 +50,15 @@ PLANS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("tiny", 8, 512, FULL | CHECKPOINTED),
 ]
 LIMITS = (1.15, 1.5, 3.0)  # of the smallest limit that the plan allows
+LENGTH = 256  # tokens of each sample under a limit
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plans", action="store_true", help="only compare plans with peaks")
     parser.add_argument("--limits", action="store_true", help="only run under limits")
+    parser.add_argument("--speed", action="store_true", help="only measure the speed that a limit costs")
+    parser.add_argument("--model", choices=("smollm2", "tiny"), help="plans of one model")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true", help="print nothing but the last line")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -59,12 +67,15 @@ def main() -> None:
         print(json.dumps(child(json.loads(args.child))))
         return
     say = (lambda *_: None) if args.json else print
-    figures: dict[str, Any] = {"plan_error_max": None, "runs": None, "kills": None, "peak_over_limit": None,
-                               "throughput_share": None}  # fmt: skip
-    if not args.limits:
-        figures |= compare_plans(PLANS[:1] + PLANS[8:9] if args.quick else PLANS, say)
-    if not args.plans:
+    everything = not (args.plans or args.limits or args.speed)
+    figures: dict[str, Any] = dict.fromkeys(("plan_error_max", "runs", "kills", "peak_over_limit", "throughput_share"))
+    if args.plans or everything:
+        cases = PLANS[:1] + PLANS[8:9] if args.quick else PLANS
+        figures |= compare_plans([case for case in cases if args.model in (None, case[0])], say)
+    if args.limits or everything:
         figures |= run_under_limits(LIMITS[1:2] if args.quick else LIMITS, say, alone=args.quick)
+    if args.speed or (everything and not args.quick):
+        figures |= compare_speed(say)
     print(json.dumps(figures))
 
 
@@ -83,8 +94,8 @@ def compare_plans(cases: list[tuple[str, int, int, dict[str, Any]]], say: Any) -
 
 
 def run_under_limits(shares: tuple[float, ...], say: Any, *, alone: bool) -> dict[str, Any]:
-    """Runs under RLIMIT_DATA, one beside a process that takes and frees memory, and the speed a limit costs."""
-    case = {"model": "smollm2", "samples": 0, "length": 256, "settings": {}, "steps": 3}
+    """Runs under RLIMIT_DATA, one beside a process that takes and frees memory, and one that cannot fit."""
+    case = {"model": "smollm2", "samples": 0, "length": LENGTH, "settings": {}, "steps": 3, "global": 4}
     minimum = spawn({**case, "steps": 0})["minimum"]
     kills, over, runs = 0, 0.0, 0
     for share, beside in [(share, False) for share in shares] + ([] if alone else [(1.5, True)]):
@@ -97,14 +108,25 @@ def run_under_limits(shares: tuple[float, ...], say: Any, *, alone: bool) -> dic
         over = max(over, found.get("peak", 0) / (share * minimum))
         say(f"limit {share:.2f} x {minimum / 1e6:.0f} MB{', beside another' if beside else ''}: "
             f"{found.get('error') or 'finished'}, peak {found.get('peak', 0) / 1e6:.0f} MB")  # fmt: skip
-    too_small = spawn({**case, "limit": int(0.8 * minimum)})
-    say(f"limit 0.80: exit {too_small.get('code')}, {too_small.get('error')}")
-    figures = {"runs": runs, "kills": kills, "peak_over_limit": over, "too_small_exit": too_small.get("code")}
-    if alone:
-        return figures
-    held = spawn({**case, "limit": int(2 * minimum), "steps": 6})
-    best = max(spawn({**case, "samples": samples, "steps": 6})["speed"] for samples in (2, 4, 8))
-    return figures | {"throughput_share": held["speed"] / best}
+    started = time.perf_counter()
+    small = spawn({**case, "limit": int(0.8 * minimum)})
+    seconds = time.perf_counter() - started
+    say(f"limit 0.80: exit {small.get('code')} after {seconds:.0f} s, {small.get('error')}")
+    return {"runs": runs, "kills": kills, "peak_over_limit": over, "minimum": minimum,
+            "too_small_exit": small.get("code"), "too_small_seconds": seconds}  # fmt: skip
+
+
+def compare_speed(say: Any) -> dict[str, Any]:
+    """Tokens per second under twice the minimum, the governor's cut against fixed batch sizes under the same limit."""
+    case = {"model": "smollm2", "length": LENGTH, "settings": {}, "global": 8}
+    limit = 2 * spawn({**case, "samples": 0, "steps": 0})["minimum"]
+    held = spawn({**case, "samples": 0, "limit": limit, "steps": 8})
+    say(f"governed: {held}")
+    fixed = {samples: spawn({**case, "samples": samples, "limit": limit, "steps": 3}) for samples in (1, 2, 4, 8)}
+    for samples, found in fixed.items():
+        say(f"{samples} samples: {found.get('error') or found}")
+    best = max(found["speed"] for found in fixed.values() if "speed" in found)
+    return {"limit_used": held["last_peak"] / limit, "throughput_share": held["speed"] / best}
 
 
 COMPETITOR = """
@@ -133,8 +155,6 @@ def child(case: dict[str, Any]) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     from llamahome.config import Config
     from llamahome.errors import LlamaHomeError
-    from llamahome.memory.ladder import SMALL_LOSS_CHUNK
-    from llamahome.memory.plan import plan_memory
     from llamahome.training.calibrate import calibrate
     from llamahome.training.rundir import RunFolder
     from llamahome.training.setup import assemble
@@ -151,7 +171,7 @@ def child(case: dict[str, Any]) -> dict[str, Any]:
             "training.memory_limit": "100%",
             "training.batch_size": samples or "auto",
             "optimization.max_steps": max(1, case.get("steps", 2)),
-            "optimization.global_batch_size": 2 * samples or 8,
+            "optimization.global_batch_size": case.get("global", 2 * samples),
             "processing.compile_mode": "none",
             "monitor.sinks": ["none"],
             **case["settings"],
@@ -162,29 +182,36 @@ def child(case: dict[str, Any]) -> dict[str, Any]:
                 loop = assemble(config, run, None).loop
                 governor = loop.governor
                 assert governor is not None
-                architecture = loop.objective.causal.config
-                minimum = plan_memory(
-                    architecture, max_length=length, gradient_checkpointing=True, loss_chunk=SMALL_LOSS_CHUNK,
-                    precision=loop.precision.name, step_tokens=8 * length, fused=True,
-                ).total  # fmt: skip
+                minimum = smallest(config, governor, loop.objective.causal.config.to_dict(), length)
                 if case.get("steps", 2) == 0:
                     return {"minimum": minimum}
                 for _ in calibrate(loop):
                     pass
-                started = time.perf_counter()
                 records = list(loop)
         except LlamaHomeError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
-        seconds, peak = time.perf_counter() - started, max(record["memory_peak_bytes"] for record in records)
+        peak, late = max(record["memory_peak_bytes"] for record in records), records[len(records) // 2 :]
         plan = governor.plan.at(records[-1]["micro_batch_tokens"])
         return {
             "minimum": minimum,
             "planned": plan.total,
             "peak": peak,
+            "last_peak": records[-1]["memory_peak_bytes"],
             "slack": (peak - plan.live) / (plan.activations + plan.loss),
-            "speed": sum(record["tokens"] for record in records) / seconds,
+            "tokens": records[-1]["micro_batch_tokens"],
+            "speed": statistics.median(record["tokens"] / record["step_seconds"] for record in late),
         }
+
+
+def smallest(config: Any, governor: Any, architecture: dict[str, Any], length: int) -> int:
+    """The smallest limit that the plan of this process allows, with every rung of the ladder."""
+    from llamahome.memory.ladder import Machine, Workload, choose_plan
+
+    work = Workload(longest=length, step_tokens=config.optimization.global_batch_size * length, tokens=0)
+    precision = "fp32" if config.processing.precision == "fp32" else "bf16"
+    last = choose_plan(architecture, config, Machine("cpu", 0), work, precision=precision, fused=True).smallest
+    return replace(last, overhead=governor.plan.overhead).total
 
 
 def write_rows(path: Path, length: int) -> Path:

@@ -29,13 +29,17 @@ class Workload:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a rank runs on. `peak_flops` None: unknown; `speed` says where it is from."""
+    """What a rank runs on. `peak_flops` None: unknown; `speed` says where it is from.
+
+    `process_bytes`: what the process holds before the model is loaded, where it is there to be asked.
+    """
 
     device: str
     limit_bytes: int
     ranks: int = 1
     peak_flops: float | None = None
     speed: str = "unknown"
+    process_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ def choose_plan(
         return plan_memory(
             architecture, method=config.training.method, lora=config.lora, precision=precision, max_length=work.longest,
             optimizer=config.optimization.optimizer, device=machine.device, trained_fraction=work.trained_fraction,
-            fused=fused, ranks=machine.ranks, step_tokens=work.step_tokens, compiled=compiled, **vars(rung),
+            fused=fused, ranks=machine.ranks, step_tokens=work.step_tokens, compiled=compiled,
+            process_bytes=machine.process_bytes, **vars(rung),
         )  # fmt: skip
 
     chunk = config.processing.loss_chunk

@@ -16,7 +16,9 @@ from llamahome.memory.agree import kept_budget
 from llamahome.memory.governor import ENOUGH_TOKENS, MemoryGovernor
 from llamahome.memory.ladder import Machine, Workload, choose_plan
 from llamahome.memory.monitor import MemoryMonitor, resolve_limit
+from llamahome.memory.oom import free_memory
 from llamahome.model.fuse import knows
+from llamahome.model.quiet import quiet_transformers
 from llamahome.training.checkpoint import TrainingState
 from llamahome.training.precision import Precision
 
@@ -39,7 +41,7 @@ def build_governor(
     if config.processing.gradient_checkpointing == "mlp" and not fused:
         raise ConfigError("only fused layers can make their MLPs' products alone again",
                           where="processing.gradient_checkpointing", fix="set it to true")  # fmt: skip
-    machine = Machine(device.type, limit, ranks)
+    machine = Machine(device.type, limit, ranks, process_bytes=_held_already(monitor))
     plan = choose_plan(architecture, config, machine, work, precision=precision.name, fused=fused).plan
     most = kept_budget(run)
     if most is not None:
@@ -51,6 +53,14 @@ def build_governor(
     if state.plan:
         governor.load_state_dict(state.plan)
     return governor
+
+
+def _held_already(monitor: MemoryMonitor) -> int:
+    """Bytes of this process before the model is there, with the libraries that are loaded with it."""
+    with quiet_transformers():
+        import peft  # noqa: F401
+    free_memory()
+    return monitor.read().used_bytes
 
 
 def workload(store: TokenStore, samples_per_step: int, steps: int = 0) -> Workload:
