@@ -36,7 +36,10 @@ GROWTH = 1.10
 SPILL_BUDGET = {"sm_90": 0, "sm_100": 0}
 OTHER_SPILL_BUDGET = 256  # bytes, outside the hot loop
 # Rules that a case need not keep, and why.
-EXEMPT = {("token_bounds", "wide loads"): "a bisection: each lane reads where its own search stands"}
+EXEMPT = {("token_bounds", "wide loads"): "a bisection: each lane reads where its own search stands"} | {
+    (f"add_rms_norm lora {rank}", "tensor cores"): "16 rows are too few for an H100's; the row's bytes are the bound"
+    for rank in (16, 64)
+}
 
 Figures = dict[str, int]
 

@@ -14,8 +14,7 @@ gradient comes in the dtype of its tensor.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from llamahome.kernels.launch import use_triton
+from llamahome.kernels.lora_group import Options, Tensors, flatten, unflatten
 from llamahome.kernels.lora_products import (
     LoraWeights,
     drops,
@@ -34,9 +34,19 @@ from llamahome.kernels.lora_products import (
     through_b,
     weight_gradients,
 )
-from llamahome.kernels.mlp import Activation, GatedLora, gated_backward, gated_forward
-from llamahome.kernels.nf4 import NestedAbsmax, Nf4Weight, dequantize_reference
+from llamahome.kernels.low_rank import LowRank, absorbs
+from llamahome.kernels.mlp import Activation, GatedLora, gated_backward, gated_forward, gated_reference
+from llamahome.kernels.nf4 import Nf4Weight, dequantize_reference
 from llamahome.kernels.norm import rms_norm_apply, rms_norm_backward, rms_norm_forward, rms_norm_reference
+from llamahome.kernels.rope import rope_apply, rotate_reference
+
+
+class Angles(NamedTuple):
+    """What turns queries and keys: cos and sin [T, R] as `rope.py` describes them, and the size of a head."""
+
+    cos: Tensor
+    sin: Tensor
+    head_size: int
 
 
 class NormWeights(NamedTuple):
@@ -56,10 +66,16 @@ def lora_linear_reference(x: Tensor, lora: LoraWeights) -> Tensor:
     return y
 
 
-def norm_lora_linears_reference(x: Tensor, norm: NormWeights | None, loras: Sequence[LoraWeights]) -> list[Tensor]:
+def norm_lora_linears_reference(
+    x: Tensor, norm: NormWeights | None, loras: Sequence[LoraWeights], angles: Angles | None = None
+) -> list[Tensor]:
     """The plain definition, differentiable; the same results as `norm_lora_linears`."""
     y = x if norm is None else rms_norm_reference(x, *norm)
-    return [lora_linear_reference(y, lora) for lora in loras]
+    outs = [lora_linear_reference(y, lora) for lora in loras]
+    if angles is not None:
+        heads = [out.view(len(x), -1, angles.head_size) for out in outs[:2]]
+        outs[:2] = [turned.flatten(1) for turned in rotate_reference(*heads, angles.cos, angles.sin)]
+    return outs
 
 
 def lora_mlp_reference(
@@ -68,8 +84,17 @@ def lora_mlp_reference(
 ) -> Tensor:  # fmt: skip
     """The plain definition, differentiable; the same result as `lora_mlp`."""
     e, g = _halves(norm_lora_linears_reference(x, norm, gates))
-    y = lora_linear_reference(gated_forward(e, g, activation), down)
+    y = lora_linear_reference(gated_reference(e, g, activation), down)
     return x + y if residual else y
+
+
+def lora_output_mlp_reference(
+    mixed: Tensor, residual: Tensor, output: LoraWeights, norm: NormWeights, gates: Sequence[LoraWeights],
+    down: LoraWeights, activation: Activation = "silu",
+) -> Tensor:  # fmt: skip
+    """The plain definition, differentiable; the same result as `lora_output_mlp`."""
+    x = residual + lora_linear_reference(mixed, output)
+    return lora_mlp_reference(x, norm, gates, down, activation, residual=True)
 
 
 def lora_linear(x: Tensor, lora: LoraWeights, residual: Tensor | None = None) -> Tensor:
@@ -77,7 +102,7 @@ def lora_linear(x: Tensor, lora: LoraWeights, residual: Tensor | None = None) ->
 
     On a GPU, up to 256 rows without a gradient (a model that answers) are one kernel.
     """
-    options, tensors = _flatten([lora], x)
+    options, tensors = flatten([lora], x)
     if lora.a is not None and lora.b is not None and _is_small(x, lora):
         from llamahome.kernels.lora_triton import lora_linear as small
 
@@ -95,13 +120,19 @@ def _is_small(x: Tensor, lora: LoraWeights) -> bool:
     return few
 
 
-def norm_lora_linears(x: Tensor, norm: NormWeights | None, loras: Sequence[LoraWeights]) -> tuple[Tensor, ...]:
+def norm_lora_linears(
+    x: Tensor, norm: NormWeights | None, loras: Sequence[LoraWeights], angles: Angles | None = None
+) -> tuple[Tensor, ...]:
     """Several projections of one normalised input, x [T, K] -> one [T, N] each; `norm` None leaves the norm out.
 
-    Saves x, the norm's 1 / rms per row, and x @ [a, ...].T. Differentiable once.
+    angles: turn the first two results, queries and keys, as `rope.rotate` does it with their heads. On a GPU the
+        rotation then adds their rank-r parts.
+
+    Saves x, the norm's 1 / rms per row, x @ [a, ...].T, and the angles. Differentiable once, not by the angles.
     """
     weight, eps, offset = norm or (None, 0.0, 0.0)
-    return _norm_linears(x, weight, eps, offset, *_flatten(loras, x))
+    cos, sin, size = angles or (None, None, 0)
+    return _norm_linears(x, weight, cos, sin, (eps, offset, size), *flatten(loras, x))
 
 
 def lora_mlp(
@@ -120,53 +151,39 @@ def lora_mlp(
     """
     weight, eps, offset = norm or (None, 0.0, 0.0)
     flags = (eps, offset, activation, residual, recompute)
-    return _mlp(x, weight, flags, *_flatten([*gates, down], x))
+    return _mlp(x, None, weight, flags, *flatten([*gates, down], x))
 
 
-class _Options(NamedTuple):
-    """What is no tensor of a group."""
+def lora_output_mlp(
+    mixed: Tensor, residual: Tensor, output: LoraWeights, norm: NormWeights, gates: Sequence[LoraWeights],
+    down: LoraWeights, activation: Activation = "silu", *, recompute: bool = False,
+) -> Tensor:  # fmt: skip
+    """From attention's result to the layer's: x + MLP(norm x) with x = residual + output(mixed), as `lora_mlp`.
 
-    scalings: tuple[float, ...]
-    dropouts: tuple[float, ...]
-    dtype: torch.dtype  # of the products
-    packs: tuple[_Pack | None, ...]  # of weights in 4 bits
-
-    @property
-    def projections(self) -> int:
-        return len(self.scalings)
-
-    @property
-    def no_gradients(self) -> list[None]:
-        """One for each tensor of a pack that is none of a projection's four."""
-        return [None] * sum(pack.others for pack in self.packs if pack)
+    mixed [T, a], residual [T, h] -> [T, h]. On a GPU the norm's kernel adds residual and the rank-r part of `output`.
+    Saves what `lora_linear` of `mixed` and `lora_mlp` of x save. Differentiable once.
+    """
+    flags = (norm.eps, norm.offset, activation, True, recompute)
+    return _mlp(residual, mixed, norm.weight, flags, *flatten([output, *gates, down], residual))
 
 
-class _Pack(NamedTuple):
-    """What is no tensor of a weight in 4 bits, and how many tensors it has besides `packed`."""
-
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    block: int
-    others: int
-
-
-_Tensors = tuple[Tensor | None, ...]  # weight or packed, bias, a, b of each projection; then the packs' other tensors
-
-
-def _linear(x: Tensor, residual: Tensor | None, options: _Options, tensors: _Tensors) -> Tensor:
+def _linear(x: Tensor, residual: Tensor | None, options: Options, tensors: Tensors) -> Tensor:
     y: Tensor = _Linear.apply(x, residual, options, *tensors)  # type: ignore[no-untyped-call]
     return y
 
 
 def _norm_linears(
-    x: Tensor, norm: Tensor | None, eps: float, offset: float, options: _Options, tensors: _Tensors
-) -> tuple[Tensor, ...]:
-    outs: tuple[Tensor, ...] = _NormLinears.apply(x, norm, eps, offset, options, *tensors)  # type: ignore[no-untyped-call]
+    x: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, numbers: tuple[float, float, int],
+    options: Options, tensors: Tensors,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    outs: tuple[Tensor, ...] = _NormLinears.apply(x, norm, cos, sin, numbers, options, *tensors)  # type: ignore[no-untyped-call]
     return outs
 
 
-def _mlp(x: Tensor, norm: Tensor | None, flags: Any, options: _Options, tensors: _Tensors) -> Tensor:
-    y: Tensor = _Mlp.apply(x, norm, flags, options, *tensors)  # type: ignore[no-untyped-call]
+def _mlp(
+    x: Tensor, mixed: Tensor | None, norm: Tensor | None, flags: Any, options: Options, tensors: Tensors
+) -> Tensor:
+    y: Tensor = _Mlp.apply(x, mixed, norm, flags, options, *tensors)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -178,9 +195,9 @@ TRACED_BY_RUNNING = (_linear, _norm_linears, _mlp)
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, residual: Tensor | None, options: _Options, *tensors: Tensor | None,  # noqa: ANN001
+        ctx, x: Tensor, residual: Tensor | None, options: Options, *tensors: Tensor | None,  # noqa: ANN001
     ) -> Tensor:  # fmt: skip
-        loras = _unflatten(tensors, options)
+        loras = unflatten(tensors, options)
         out: Tensor
         (out,), xa, masks = project(x.to(options.dtype), loras, residual)
         ctx.save_for_backward(x, xa, *tensors, *masks)
@@ -200,125 +217,152 @@ class _Linear(torch.autograd.Function):
 class _NormLinears(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, norm: Tensor | None, eps: float, offset: float, options: _Options, *tensors: Tensor | None,  # noqa: ANN001
+        ctx, x: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None,  # noqa: ANN001
+        numbers: tuple[float, float, int], options: Options, *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        loras = _unflatten(tensors, options)
-        y, rstd = _normalised(x, norm, eps, offset)
-        outs, xa, masks = project(y.to(options.dtype), loras)
-        ctx.save_for_backward(x, norm, rstd, xa, *tensors, *masks)
-        ctx.options, ctx.offset = options, offset
+        loras = unflatten(tensors, options)
+        eps, ctx.offset, ctx.size = numbers
+        y, rstd = _normalised(x, norm, eps, ctx.offset)
+        bare = loras if cos is None else [*(_bare(x, lora) for lora in loras[:2]), *loras[2:]]
+        outs, xa, masks = project(y.to(options.dtype), bare)
+        if cos is not None and sin is not None:
+            updates = _low_ranks(xa, bare, loras)
+            heads = [
+                _turned(out, cos, sin, ctx.size, update=part) for out, part in zip(outs[:2], updates, strict=False)
+            ]
+            outs = [*heads, *outs[2:]]
+        ctx.save_for_backward(x, norm, rstd, xa, cos, sin, *tensors, *masks)
+        ctx.options = options
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *d_outs: Tensor):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
-        (x, norm, rstd, xa), loras, masks = _saved(ctx, 4)
+        (x, norm, rstd, xa, cos, sin), loras, masks = _saved(ctx, 6)
         need_x, need_norm = ctx.needs_input_grad[:2]
         y = x if norm is None else rms_norm_apply(x, norm, rstd, ctx.offset)
         d_low = [d_out.to(ctx.options.dtype) for d_out in d_outs]
+        if cos is not None:
+            d_low[:2] = [_turned(d_out, cos, sin, ctx.size, inverse=True) for d_out in d_low[:2]]
         d_y, grads = project_backward(
-            d_low, y.to(ctx.options.dtype), xa, loras, masks, ctx.needs_input_grad[5:], need_x or need_norm
+            d_low, y.to(ctx.options.dtype), xa, loras, masks, ctx.needs_input_grad[6:], need_x or need_norm
         )
         d_x, d_norm = _norm_backward(d_y, x, norm, rstd, ctx.offset, need_norm, None)
-        return d_x, d_norm, None, None, None, *grads, *ctx.options.no_gradients
+        return d_x, d_norm, *[None] * 4, *grads, *ctx.options.no_gradients
+
+
+def _turned(
+    x: Tensor, cos: Tensor, sin: Tensor, size: int, *, inverse: bool = False, update: LowRank | None = None
+) -> Tensor:
+    """Heads that stand in a row, [T, H * D], turned."""
+    turned: Tensor = rope_apply(x.view(len(x), -1, size), cos, sin, inverse, update)
+    return turned.flatten(1)
 
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, norm: Tensor | None, flags: Any, options: _Options, *tensors: Tensor | None,  # noqa: ANN001
+        ctx, x: Tensor, mixed: Tensor | None, norm: Tensor | None, flags: Any, options: Options,  # noqa: ANN001
+        *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
         eps, offset, activation, residual, recompute = flags
-        *gates, down = _unflatten(tensors, options)
-        y, rstd = _normalised(x, norm, eps, offset)
-        bare = _bare(x, gates)
+        *gates, down = unflatten(tensors, options)
+        xa_output: Tensor | None = None
+        mask_output: list[Tensor] = []
+        if mixed is None:
+            y, rstd = _normalised(x, norm, eps, offset)
+        else:
+            output, *gates = gates
+            y, rstd, x, xa_output, mask_output = _joined(mixed.to(options.dtype), x, output, norm, eps, offset)
+        bare = _bare_gates(x, gates)
         outs, xa, masks = project(y.to(options.dtype), bare)
         h = gated_forward(*_halves(outs), activation, _update(bare, gates, xa))
         out: Tensor
         (out,), xa_down, mask_down = project(h, [down], x if residual else None)
         ctx.count = 0 if recompute else len(outs)
-        ctx.save_for_backward(x, norm, rstd, xa, xa_down, *outs[: ctx.count], *tensors, *masks, *mask_down)
+        kept = (x, mixed, norm, rstd, xa_output, xa, xa_down, *outs[: ctx.count])
+        ctx.save_for_backward(*kept, *tensors, *mask_output, *masks, *mask_down)
         ctx.options, ctx.flags = options, flags
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
-        (x, norm, rstd, xa, xa_down, *outs), loras, masks = _saved(ctx, 5 + ctx.count)
+        (x, mixed, norm, rstd, xa_output, xa, xa_down, *outs), loras, masks = _saved(ctx, 7 + ctx.count)
         _, offset, activation, residual, _ = ctx.flags
-        need_x, need_norm = ctx.needs_input_grad[:2]
-        needs, dtype = ctx.needs_input_grad[4:], ctx.options.dtype
-        *gates, down = loras
+        need_x, need_mixed, need_norm = ctx.needs_input_grad[:3]
+        needs, dtype = ctx.needs_input_grad[5:], ctx.options.dtype
+        first = 0 if mixed is None else 1
+        gates, down = loras[first:-1], loras[-1]
         y = (x if norm is None else rms_norm_apply(x, norm, rstd, offset)).to(dtype)
-        bare = _bare(x, gates)
+        bare = _bare_gates(x, gates)
         e, g = _halves(outs or outputs(y, xa, bare))
         d_low = d_out.to(dtype)
         d_xa = through_b([d_low], [down])
         d_h = input_gradient([d_low], d_xa, [down], masks[-1:])
         h, d_e, d_g = gated_backward(d_h, e, g, activation, _update(bare, gates, xa))
-        split = 4 * len(gates)
+        split = 4 * (len(loras) - 1)
         grads_down = weight_gradients([d_low], d_xa, h, xa_down, [down], masks[-1:], needs[split:])
         del d_h, h, e, g, outs
         d_outs = [d_e, d_g] if len(gates) == 2 else [torch.cat((d_e, d_g), -1)]
         del d_e, d_g
-        d_y, grads = project_backward(d_outs, y, xa, gates, masks[:-1], needs[:split], need_x or need_norm)
+        need_sum = need_x or need_mixed or need_norm or any(needs[: 4 * first])
+        d_y, grads = project_backward(d_outs, y, xa, gates, masks[first:-1], needs[4 * first : split], need_sum)
+        del d_outs, y
         d_x, d_norm = _norm_backward(d_y, x, norm, rstd, offset, need_norm, d_out if residual else None)
-        return d_x, d_norm, None, None, *grads, *grads_down, *ctx.options.no_gradients
+        d_mixed, grads_output = None, []
+        if mixed is not None and d_x is not None:
+            d_mixed, grads_output = project_backward(
+                [d_x.to(dtype)], mixed.to(dtype), xa_output, loras[:1], masks[:1], needs[:4], need_mixed
+            )
+            d_mixed = None if d_mixed is None else d_mixed.to(mixed.dtype)
+        grads = [*grads_output, *grads, *grads_down, *ctx.options.no_gradients]
+        return d_x if need_x else None, d_mixed, d_norm, None, None, *grads
 
 
-def _flatten(loras: Sequence[LoraWeights], x: Tensor) -> tuple[_Options, _Tensors]:
-    """The tensors of a group in a row, as autograd wants them, and the rest."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    tensors: list[Tensor | None] = []
-    others: list[Tensor] = []
-    packs: list[_Pack | None] = []
-    for weight, bias, a, b, _, _ in loras:
-        if isinstance(weight, Nf4Weight):
-            more = [weight.code, *((weight.absmax,) if isinstance(weight.absmax, Tensor) else weight.absmax)]
-            packs.append(_Pack(weight.shape, weight.dtype, weight.block, len(more)))
-            others += more
-            tensors += [weight.packed, bias, a, b]
-        else:
-            packs.append(None)
-            tensors += [weight, bias, a, b]
-    scalings, dropouts = tuple(lora.scaling for lora in loras), tuple(lora.dropout for lora in loras)
-    return _Options(scalings, dropouts, dtype, tuple(packs)), (*tensors, *others)
-
-
-def _unflatten(tensors: Sequence[Tensor | None], options: _Options) -> list[LoraWeights]:
-    """The group again, its tensors in the dtype of the products, but weights in 4 bits as they are."""
-    others = iter(tensors[4 * options.projections :])
-    loras = []
-    for i, pack in enumerate(options.packs):
-        weight, *rest = tensors[4 * i : 4 * i + 4]
-        low: list[Any] = [None if tensor is None else tensor.to(options.dtype) for tensor in rest]
-        assert weight is not None
-        whole = weight.to(options.dtype) if pack is None else _packed(weight, others, pack)
-        loras.append(LoraWeights(whole, *low, options.scalings[i], options.dropouts[i]))
-    return loras
-
-
-def _packed(packed: Tensor, others: Iterator[Any], pack: _Pack) -> Nf4Weight:
-    code, *absmax = itertools.islice(others, pack.others)
-    return Nf4Weight(
-        packed, absmax[0] if len(absmax) == 1 else NestedAbsmax(*absmax), pack.shape, pack.dtype, code, pack.block
-    )
+def _joined(
+    mixed: Tensor, residual: Tensor, output: LoraWeights, norm: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, list[Tensor]]:
+    """(norm of the sum, its 1 / rms, residual + output(mixed), mixed @ a.T, dropout masks)."""
+    bare = _bare(mixed, output)
+    if bare is output or norm is None:  # the product's own accumulator adds the residual
+        (x,), xa, masks = project(mixed, [output], residual)
+        return *_normalised(x, norm, eps, offset), x, xa, masks
+    (product,), xa, masks = project(mixed, [bare])
+    y, rstd, x = rms_norm_forward(product, norm, eps, offset, residual, _low_ranks(xa, [bare], [output])[0])
+    assert x is not None
+    return y, rstd, x, xa, masks
 
 
 def _saved(ctx: Any, count: int) -> tuple[tuple[Tensor, ...], list[LoraWeights], list[Tensor | None]]:
     """The first `count` saved tensors, the group, and a dropout mask or None for each of its projections."""
     tensors = ctx.saved_tensors
     end = count + 4 * ctx.options.projections + len(ctx.options.no_gradients)
-    loras = _unflatten(tensors[count:end], ctx.options)
+    loras = unflatten(tensors[count:end], ctx.options)
     drawn = iter(tensors[end:])
     return tensors[:count], loras, [next(drawn) if drops(lora) else None for lora in loras]
 
 
-def _bare(x: Tensor, gates: list[LoraWeights]) -> list[LoraWeights]:
+def _bare(x: Tensor, lora: LoraWeights) -> LoraWeights:
+    """The projection without its B where the Triton kernel that reads its product adds the rank-r part itself."""
+    return lora._replace(b=None) if lora.b is not None and absorbs(x) else lora
+
+
+def _low_ranks(xa: Tensor | None, bare: list[LoraWeights], loras: list[LoraWeights]) -> list[LowRank | None]:
+    """The rank-r part that each projection of `bare` lacks."""
+    parts = iter(() if xa is None else torch.split(xa, [lora.rank for lora in loras if lora.a is not None], -1))
+    updates: list[LowRank | None] = []
+    for lacking, lora in zip(bare, loras, strict=True):
+        part = None if lora.a is None else next(parts)
+        absent = part is not None and lora.b is not None and lacking.b is None
+        updates.append(LowRank(part, lora.b, lora.scaling) if absent else None)
+    return updates
+
+
+def _bare_gates(x: Tensor, gates: list[LoraWeights]) -> list[LoraWeights]:
     """gate and up without their B where the Triton kernel that reads their products adds the rank-r parts itself."""
-    absorbs = use_triton(x) and len(gates) == 2 and gates[0].rank == gates[1].rank > 0
-    return [lora._replace(b=None) for lora in gates] if absorbs else gates
+    same = len(gates) == 2 and gates[0].rank == gates[1].rank > 0
+    return [lora._replace(b=None) for lora in gates] if same and absorbs(x) else gates
 
 
 def _update(bare: list[LoraWeights], gates: list[LoraWeights], xa: Tensor | None) -> GatedLora | None:

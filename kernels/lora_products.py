@@ -75,8 +75,9 @@ def outputs(y: Tensor, xa: Tensor | None, loras: list[LoraWeights], residual: Te
             out = torch.addmm(residual, y, dense(lora, y.dtype).T)
         else:
             out = F.linear(y, dense(lora, y.dtype), lora.bias)
-        if lora.b is not None:
-            out = torch.addmm(out, next(parts), lora.b.T, alpha=lora.scaling)
+        part = None if lora.a is None else next(parts)
+        if part is not None and lora.b is not None:
+            out = torch.addmm(out, part, lora.b.T, alpha=lora.scaling)
         if residual is not None and (residual.dtype != y.dtype or lora.bias is not None):
             out = residual + out
         outs.append(out)

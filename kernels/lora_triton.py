@@ -16,9 +16,9 @@ from torch import Tensor
 
 from llamahome.kernels.cases import static_case
 from llamahome.kernels.launch import StaticCase, aligned
+from llamahome.kernels.low_rank_triton import padded
 
 MAX_ROWS = 256
-_MIN_RANK = 16  # a tensor core's smallest inner dimension: lower ranks are padded by zeros
 _ROWS, _COLUMNS, _DEPTH, _STAGES = 64, 32, 64, 4  # narrow tiles, so that all processors stream rows of W
 
 
@@ -83,7 +83,7 @@ def lora_linear(
 
 def _tile(rank: int) -> dict[str, int]:
     return {
-        "RANK": max(_MIN_RANK, triton.next_power_of_2(rank)),
+        "RANK": padded(rank),
         "ROWS": _ROWS, "COLUMNS": _COLUMNS, "DEPTH": _DEPTH,
     }  # fmt: skip
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from llamahome.kernels.cases import static_case
 from llamahome.kernels.launch import StaticCase
+from llamahome.kernels.low_rank_triton import low_rank, padded
 from llamahome.kernels.mlp import GatedLora
 from llamahome.kernels.norm_triton import rows_of
 
 _COLUMNS = 2048  # of one row, without LoRA: 128-bit accesses for 128 threads, or AMD's 256
 _SQUARE, _SQUARE_WARPS = 64, 8  # rows and columns of a tile with LoRA; four warps take twice the registers
-_MIN_RANK = 16  # a tensor core's smallest inner dimension: lower ranks are padded by zeros
 
 
 @triton.jit
@@ -35,8 +35,30 @@ def _forward(
     e = tl.load(e_ptr + row[:, None] * e_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + row[:, None] * g_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if RANK:
-        e += _low_rank(xa_gate_ptr, b_gate_ptr, row, column, rows, size, rank, xa_gate_stride, scaling_gate, RANK)
-        g += _low_rank(xa_up_ptr, b_up_ptr, row, column, rows, size, rank, xa_up_stride, scaling_up, RANK)
+        e += low_rank(
+            xa_gate_ptr,
+            b_gate_ptr,
+            row,
+            column.to(tl.int64),
+            row < rows,
+            column < size,
+            rank,
+            xa_gate_stride,
+            scaling_gate,
+            RANK,
+        )
+        g += low_rank(
+            xa_up_ptr,
+            b_up_ptr,
+            row,
+            column.to(tl.int64),
+            row < rows,
+            column < size,
+            rank,
+            xa_up_stride,
+            scaling_up,
+            RANK,
+        )
     h = e * _gate(e, GELU)[0] * g
     tl.store(h_ptr + row[:, None] * size + column[None, :], h.to(h_ptr.dtype.element_ty), mask=inside)
 
@@ -54,8 +76,30 @@ def _backward(
     e = tl.load(e_ptr + row[:, None] * e_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + row[:, None] * g_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if RANK:
-        e += _low_rank(xa_gate_ptr, b_gate_ptr, row, column, rows, size, rank, xa_gate_stride, scaling_gate, RANK)
-        g += _low_rank(xa_up_ptr, b_up_ptr, row, column, rows, size, rank, xa_up_stride, scaling_up, RANK)
+        e += low_rank(
+            xa_gate_ptr,
+            b_gate_ptr,
+            row,
+            column.to(tl.int64),
+            row < rows,
+            column < size,
+            rank,
+            xa_gate_stride,
+            scaling_gate,
+            RANK,
+        )
+        g += low_rank(
+            xa_up_ptr,
+            b_up_ptr,
+            row,
+            column.to(tl.int64),
+            row < rows,
+            column < size,
+            rank,
+            xa_up_stride,
+            scaling_up,
+            RANK,
+        )
     open_, bend = _gate(e, GELU)
     active = e * open_
     to = row[:, None] * size + column[None, :]
@@ -75,20 +119,6 @@ def _gate(e, GELU: tl.constexpr):
         open_ = tl.sigmoid(e)
         bend = 1.0 - open_
     return open_, bend
-
-
-@triton.jit
-def _low_rank(xa_ptr, b_ptr, row, column, rows, size, rank, xa_stride, scaling, RANK: tl.constexpr):
-    """scaling * xa @ b.T for a tile, in fp32."""
-    r = tl.arange(0, RANK)
-    xa = tl.load(
-        xa_ptr + row[:, None] * xa_stride + r[None, :], mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0
-    )
-    b = tl.load(
-        b_ptr + column[:, None].to(tl.int64) * rank + r[None, :],
-        mask=(column < size)[:, None] & (r < rank)[None, :], other=0.0,
-    )  # fmt: skip
-    return tl.dot(xa, b.to(xa.dtype).T, input_precision="ieee") * tl.cast(scaling, tl.float32)
 
 
 def forward(e: Tensor, g: Tensor, activation: str, lora: GatedLora | None) -> Tensor:
@@ -144,9 +174,9 @@ def _update(lora: GatedLora | None) -> _Update:
 
 
 def _grid(e: Tensor, rank: int) -> tuple[tuple[int, int], dict[str, int]]:
-    padded = max(_MIN_RANK, triton.next_power_of_2(rank)) if rank else 0
+    padded_rank = padded(rank) if rank else 0
     rows, columns = (_SQUARE, _SQUARE) if rank else (1, _COLUMNS)
-    shape = {"RANK": padded, "ROWS": rows, "COLUMNS": columns, "num_warps": _SQUARE_WARPS if rank else 4}
+    shape = {"RANK": padded_rank, "ROWS": rows, "COLUMNS": columns, "num_warps": _SQUARE_WARPS if rank else 4}
     return (triton.cdiv(e.shape[0], rows), triton.cdiv(e.shape[1], columns)), shape
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llamahome.kernels.launch import use_triton
+from llamahome.kernels.low_rank import LowRank, add_low_rank
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -55,9 +56,24 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
 
 
 def rms_norm_forward(
-    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(y, rstd, x + residual or None) without autograd. `rstd` belongs to the sum where there is one."""
+    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, residual: Tensor | None = None,
+    update: LowRank | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(y, rstd, x + residual or None) without autograd. `rstd` belongs to the sum where there is one.
+
+    update: a rank-r part of x [T, h] that x lacks yet; only with a residual.
+    """
+    if update is not None:
+        assert residual is not None
+        if _as_op(x):
+            y, summed, rstd = _add_lora_forward_op(x, residual, weight, eps, offset, *update)
+            return y, rstd, summed
+        if _runs_triton(x):
+            from llamahome.kernels.norm_lora_triton import forward as absorbing
+
+            results: tuple[Tensor, Tensor, Tensor] = absorbing(x, residual, weight, eps, offset, update)
+            return results
+        x = add_low_rank(x, update)
     if _as_op(x):
         if residual is None:
             return *_forward_op(x, weight, eps, offset), None
@@ -193,6 +209,24 @@ def _add_forward_op(
 
 @_add_forward_op.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+    summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return empty_output(summed, weight, offset), summed, x.new_empty(x.shape[:-1], dtype=_wide(x))
+
+
+@torch.library.custom_op("llamahome::add_rms_norm_lora", mutates_args=())
+def _add_lora_forward_op(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, xa: Tensor, b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Without autograd: whoever absorbs an adapter knows its whole backward pass."""
+    y, rstd, summed = rms_norm_forward(x, weight, eps, offset, residual, LowRank(xa, b, scaling))
+    assert summed is not None
+    return y, summed, rstd
+
+
+@_add_lora_forward_op.register_fake
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, xa: Tensor, b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
     summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     return empty_output(summed, weight, offset), summed, x.new_empty(x.shape[:-1], dtype=_wide(x))
 

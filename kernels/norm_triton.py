@@ -39,7 +39,7 @@ def _forward(
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
     tl.store(
         y_ptr + at,
-        _scale(wide * rstd[:, None], weight, offset, x.dtype, SCALE_WIDE).to(y_ptr.dtype.element_ty),
+        scale(wide * rstd[:, None], weight, offset, x.dtype, SCALE_WIDE).to(y_ptr.dtype.element_ty),
         mask=inside,
     )
 
@@ -55,12 +55,12 @@ def _apply(
     x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
     weight = tl.load(weight_ptr + column, mask=column < size, other=0.0).to(tl.float32)
     rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
-    y = _scale(x.to(tl.float32) * rstd[:, None], weight, offset, x.dtype, SCALE_WIDE)
+    y = scale(x.to(tl.float32) * rstd[:, None], weight, offset, x.dtype, SCALE_WIDE)
     tl.store(y_ptr + row[:, None] * size + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _scale(hat, weight, offset, dtype: tl.constexpr, SCALE_WIDE: tl.constexpr):
+def scale(hat, weight, offset, dtype: tl.constexpr, SCALE_WIDE: tl.constexpr):  # noqa: ANN201
     return hat * (weight + tl.cast(offset, tl.float32)) if SCALE_WIDE else hat.to(dtype).to(tl.float32) * weight
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llamahome.kernels.launch import use_triton
+from llamahome.kernels.low_rank import LowRank, add_low_rank
 
 
 def rotate_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,8 +34,21 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return turned_q, turned_k
 
 
-def rope_apply(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    """x turned, or turned back (the transposed map, which is the gradient's), without autograd; in x's dtype."""
+def rope_apply(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, update: LowRank | None = None) -> Tensor:
+    """x turned, or turned back (the transposed map, which is the gradient's), without autograd; in x's dtype.
+
+    update: a rank-r part of x, as [T, H * D], that it lacks yet. The gradient of x turned back is the update's too.
+    """
+    if update is not None:
+        if cos.shape[-1] == x.shape[-1] and _as_op(x):
+            whole: Tensor = _lora_op(x, cos, sin, inverse, *update)
+            return whole
+        if cos.shape[-1] == x.shape[-1] and _runs_triton(x):
+            from llamahome.kernels.rope_triton import apply_with_update
+
+            absorbed: Tensor = apply_with_update(x, cos, sin, inverse, update)
+            return absorbed
+        x = add_low_rank(x.flatten(1), update).view(x.shape)
     if _as_op(x):
         turned: Tensor = _op(x, cos, sin, inverse)
         return turned
@@ -67,6 +81,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("llamahome::rope_lora", mutates_args=())
+def _lora_op(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, xa: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Without autograd: whoever absorbs an adapter knows its whole backward pass."""
+    return rope_apply(x, cos, sin, inverse, LowRank(xa, b, scaling))
+
+
+@_lora_op.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, xa: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 class _Rope(torch.autograd.Function):

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamahome.kernels.lora import LoraWeights, NormWeights, lora_linear, lora_mlp, norm_lora_linears
+from llamahome.kernels.lora import (
+    Angles,
+    LoraWeights,
+    NormWeights,
+    lora_linear,
+    lora_mlp,
+    lora_output_mlp,
+    norm_lora_linears,
+)
 from llamahome.kernels.nf4 import Nf4Weight, from_bitsandbytes
 from llamahome.kernels.norm import rms_norm
 from llamahome.kernels.rope import rotate
@@ -204,8 +212,7 @@ def _forward_of(family: Family, recompute_mlp: bool) -> Callable[..., Tensor]:
             return own
         x = hidden_states.flatten(0, 1)
         mixed = _attention(self, family, x, hidden_states.shape, position_embeddings, attention_mask, kwargs)
-        x = _output(self, family.post_attention, self.self_attn.o_proj, mixed, x, family)
-        return _mlp(self, family, x, recompute_mlp).view(hidden_states.shape)
+        return _after_attention(self, family, mixed, x, recompute_mlp).view(hidden_states.shape)
 
     return forward
 
@@ -216,10 +223,14 @@ def _attention(
 ) -> Tensor:  # fmt: skip
     """From the layer's input [B * T, h] to the output projection's input [B * T, Hq * D]."""
     attn = layer.self_attn
-    q, k, v = _heads(attn, _linears(layer, family, family.pre_attention, attn, family.qkv, x), family)
+    turn = None
     if getattr(attn, "use_rope", True):
-        cos, sin = (part.expand(shape[0], -1, -1).flatten(0, 1) for part in angles)
-        q, k = rotate(q, k, cos, sin)
+        turn = Angles(*(part.expand(shape[0], -1, -1).flatten(0, 1) for part in angles), attn.head_dim)
+    direct = turn if len(family.qkv) == 3 and getattr(attn, "q_norm", None) is None else None
+    outs, turned = _linears(layer, family, family.pre_attention, attn, family.qkv, x, direct)
+    q, k, v = _heads(attn, outs, family)
+    if turn is not None and not turned:
+        q, k = rotate(q, k, turn.cos, turn.sin)
     q, k, v = (part.view(*shape[:2], *part.shape[1:]).transpose(1, 2) for part in (q, k, v))
     window = attn.config.sliding_window if family.window_of_config else getattr(attn, "sliding_window", None)
     if window is not None:
@@ -260,18 +271,41 @@ def _heads(attn: Any, outs: tuple[Tensor, ...], family: Family) -> tuple[Tensor,
 
 
 def _linears(
-    layer: Any, family: Family, norm: str | None, owner: Any, names: tuple[str, ...], x: Tensor
-) -> tuple[Tensor, ...]:
-    """Projections of one input after the norm called `norm`."""
+    layer: Any, family: Family, norm: str | None, owner: Any, names: tuple[str, ...], x: Tensor, angles: Angles | None
+) -> tuple[tuple[Tensor, ...], bool]:
+    """Projections of one input after the norm called `norm`, and whether the first two are turned by `angles`."""
     modules = [getattr(owner, name) for name in names]
     loras = [projection(module) for module in modules]
     known = [lora for lora in loras if lora is not None]
     fused = norm is not None and family.fused_norm and len(known) == len(loras)
     y = x if norm is None or fused else getattr(layer, norm)(x)
     if len(known) < len(loras):
-        return tuple(module(y) for module in modules)
-    outs: tuple[Tensor, ...] = norm_lora_linears(y, _norm(getattr(layer, norm or ""), family) if fused else None, known)
-    return outs
+        return tuple(module(y) for module in modules), False
+    outs: tuple[Tensor, ...] = norm_lora_linears(
+        y, _norm(getattr(layer, norm or ""), family) if fused else None, known, angles
+    )
+    return outs, angles is not None
+
+
+def _after_attention(layer: Any, family: Family, mixed: Tensor, x: Tensor, recompute: bool) -> Tensor:
+    """The layer's output from its input x and attention's result; one operation where nothing stands between."""
+    output = projection(layer.self_attn.o_proj)
+    parts = _mlp_parts(layer, family)
+    plain = family.post_attention is None and family.post_mlp is None and family.pre_mlp and family.fused_norm
+    if not plain or output is None or parts is None:
+        x = _output(layer, family.post_attention, layer.self_attn.o_proj, mixed, x, family)
+        return _mlp(layer, family, x, recompute)
+    *gates, down = parts
+    norm = _norm(getattr(layer, family.pre_mlp or ""), family)
+    y: Tensor = lora_output_mlp(mixed, x, output, norm, gates, down, _activation(layer.mlp), recompute=recompute)
+    return y
+
+
+def _mlp_parts(layer: Any, family: Family) -> list[LoraWeights] | None:
+    """Gates and down projection of the MLP; None where one of them, or the activation, has no fused path."""
+    found = [projection(getattr(layer.mlp, name)) for name in (*family.gates, "down_proj")]
+    known = [lora for lora in found if lora is not None]
+    return known if len(known) == len(found) and _activation(layer.mlp) is not None else None
 
 
 def _output(layer: Any, norm: str | None, module: Any, x: Tensor, residual: Tensor, family: Family) -> Tensor:
@@ -284,19 +318,17 @@ def _output(layer: Any, norm: str | None, module: Any, x: Tensor, residual: Tens
 
 def _mlp(layer: Any, family: Family, x: Tensor, recompute: bool) -> Tensor:
     """x + the layer's MLP with its norms."""
-    mlp, activation = layer.mlp, _activation(layer.mlp)
-    found = [projection(getattr(mlp, name)) for name in (*family.gates, "down_proj")]
-    known = [lora for lora in found if lora is not None]
+    known = _mlp_parts(layer, family)
     alone = family.post_mlp is None  # the residual is then added by the last product
     y: Tensor
-    if activation is None or len(known) < len(found):
-        alone, y = False, mlp(_apply_norm(layer, family.pre_mlp, x, family))
+    if known is None:
+        alone, y = False, layer.mlp(_apply_norm(layer, family.pre_mlp, x, family))
     else:
         fused = family.pre_mlp is not None and family.fused_norm
         alone = alone and fused
         norm = _norm(getattr(layer, family.pre_mlp or ""), family) if fused else None
         start = x if fused else _apply_norm(layer, family.pre_mlp, x, family)
-        y = lora_mlp(start, norm, known[:-1], known[-1], activation, residual=alone, recompute=recompute)
+        y = lora_mlp(start, norm, known[:-1], known[-1], _activation(layer.mlp), residual=alone, recompute=recompute)
     return y if alone else x + _apply_norm(layer, family.post_mlp, y, family)
 
 

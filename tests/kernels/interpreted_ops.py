@@ -19,6 +19,7 @@ from llamahome.kernels import (
     loss_triton,
     norm_triton,
 )
+from llamahome.kernels.low_rank import LowRank, add_low_rank
 from llamahome.kernels.mlp import GatedLora, gated, gated_backward, gated_forward, gated_reference
 from llamahome.kernels.norm import (
     add_rms_norm,
@@ -127,6 +128,61 @@ def test_rope_turns_views_and_back():
         y = rope_apply(x, cos, sin)
         assert torch.equal(y, rope_apply(x.contiguous(), cos, sin))
         torch.testing.assert_close(rope_apply(y, cos, sin, inverse=True), x, rtol=1e-5, atol=1e-5)
+
+
+# Absorbed rank-r parts of the projections before norm and rope
+
+
+def _update(rows, size, rank, dtype):
+    return LowRank(random(rows, rank, seed=20).to(dtype), random(size, rank, seed=21).to(dtype), 0.5)
+
+
+def _wide(update, kind):
+    return LowRank(update.xa.to(kind), update.b.to(kind), update.scaling)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize(("rows", "size", "rank"), [(1, 40, 4), (17, 100, 8), (33, 576, 16), (5, 300, 64), (3, 64, 5)])
+def test_add_rms_norm_with_an_absorbed_update(rows, size, rank, offset, dtype):
+    x, residual, weight = (random(*shape, seed=i).to(dtype) for i, shape in enumerate([(rows, size)] * 2 + [(size,)]))
+    update = _update(rows, size, rank, dtype)
+    y, rstd, summed = rms_norm_forward(x, weight, 1e-5, offset, residual, update)
+    assert torch.equal(rms_norm_apply(summed, weight, rstd, offset), y)
+    results = [(y, summed)]
+    for kind in (dtype, torch.float64):
+        whole = add_low_rank(x.to(kind), _wide(update, kind))
+        results.append(add_rms_norm_reference(whole, residual.to(kind), weight.to(kind), 1e-5, offset))
+    assert summed.dtype == dtype
+    check(*results, dtype)
+
+
+def test_an_absorbed_update_takes_a_residual_of_another_dtype_and_strided_rows():
+    x, residual, weight = random(5, 40).bfloat16(), random(5, 40, seed=1).float(), random(40, seed=2).bfloat16()
+    update = _update(5, 40, 8, torch.bfloat16)
+    y, rstd, summed = rms_norm_forward(x, weight, 1e-5, 0.0, residual, update)
+    assert summed.dtype == torch.float32
+    again = rms_norm_forward(
+        strided(x), weight, 1e-5, 0.0, strided(residual), update._replace(xa=strided(update.xa), b=strided(update.b))
+    )
+    assert all(map(torch.equal, again, (y, rstd, summed)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "size", "turned", "rank"),
+    [(1, 1, 40, 40, 4), (70, 3, 64, 64, 8), (5, 8, 128, 128, 16), (3, 2, 80, 80, 64), (7, 2, 96, 48, 8)],
+)
+def test_rope_with_an_absorbed_update(tokens, heads, size, turned, rank, inverse, dtype):
+    cos, sin = _angles(tokens, turned, dtype)
+    x, update = random(tokens, heads, size).to(dtype), _update(tokens, heads * size, rank, dtype)
+    results = [[rope_apply(x, cos, sin, inverse, update)]]
+    for kind in (dtype, torch.float64):
+        whole = add_low_rank(x.to(kind).flatten(1), _wide(update, kind)).view(x.shape)
+        turn = -sin if inverse else sin
+        results.append([rotate_reference(whole, whole, cos.to(kind), turn.to(kind))[0]])
+    check(*results, dtype)
 
 
 # Gated unit

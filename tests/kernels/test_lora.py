@@ -8,12 +8,15 @@ from torch import nn
 
 from llamahome.kernels.lora import (
     TRACED_BY_RUNNING,
+    Angles,
     LoraWeights,
     NormWeights,
     lora_linear,
     lora_linear_reference,
     lora_mlp,
     lora_mlp_reference,
+    lora_output_mlp,
+    lora_output_mlp_reference,
     norm_lora_linears,
     norm_lora_linears_reference,
 )
@@ -95,6 +98,46 @@ def test_the_mlp_equals_the_definition(x, offset, dropout, full, activation, res
     assert_equal(
         lambda: lora_mlp(x, norm, gates, down, activation, residual=residual, recompute=recompute),
         lambda: lora_mlp_reference(x, norm, gates, down, activation, residual=residual), inputs,
+    )  # fmt: skip
+
+
+def angles_of(size=8, turned=8):
+    half = torch.rand(T, turned // 2, dtype=torch.float64) * 6
+    return Angles(*(torch.cat((part, part), -1) for part in (half.cos(), half.sin())), size)
+
+
+@pytest.mark.parametrize("turned", [8, 4])
+@pytest.mark.parametrize(("offset", "dropout"), [(None, 0.0), (0.0, 0.3), (1.0, 0.0)])
+def test_a_group_with_rope_equals_the_definition(x, offset, dropout, turned):
+    norm, angles = norm_of(offset), angles_of(turned=turned)
+    group = [weights(24, H, 4, bias=True, dropout=dropout), weights(8, H, 5, dropout=dropout), weights(8, H, 4)]
+    assert_equal(
+        lambda: norm_lora_linears(x, norm, group, angles), lambda: norm_lora_linears_reference(x, norm, group, angles),
+        [x, *([norm.weight] if norm else []), *trained(*group)],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("offset", "dropout", "full"), [(0.0, 0.0, False), (0.0, 0.3, True), (1.0, 0.0, True)])
+def test_attentions_output_and_the_mlp_equal_the_definition(x, offset, dropout, full, recompute):
+    norm, mixed = norm_of(offset), torch.randn(T, 16, dtype=torch.float64, requires_grad=True)
+    output = weights(H, 16, 4, dropout=dropout, bias=full, full=full)
+    gates, down = [weights(F, H, 4, dropout=dropout), weights(F, H, 3)], weights(H, F, 3, full=full)
+    assert_equal(
+        lambda: lora_output_mlp(mixed, x, output, norm, gates, down, recompute=recompute),
+        lambda: lora_output_mlp_reference(mixed, x, output, norm, gates, down),
+        [mixed, x, norm.weight, *trained(output, *gates, down)],
+    )  # fmt: skip
+
+
+def test_only_attentions_output_is_trained():
+    """Its gradient goes through the MLP even if nothing else there wants one."""
+    mixed, x, norm = torch.randn(T, 16, dtype=torch.float64), torch.randn(T, H, dtype=torch.float64), norm_of(0.0)
+    norm = norm._replace(weight=norm.weight.detach())
+    output, gates, down = weights(H, 16, 4), [weights(F, H, 0), weights(F, H, 0)], weights(H, F, 0)
+    assert_equal(
+        lambda: lora_output_mlp(mixed, x, output, norm, gates, down),
+        lambda: lora_output_mlp_reference(mixed, x, output, norm, gates, down), trained(output),
     )  # fmt: skip
 
 

@@ -29,6 +29,8 @@ def _cases():
         yield "rms_norm_backward", (*inputs, 0.0, need_weight, d_residual)
     for inverse in (False, True):
         yield "rope", (_trained(5, 2, 8), _random(5, 4).repeat(1, 2), _random(5, 4).repeat(1, 2), inverse)
+    yield "rope_lora", (_random(5, 2, 8), *[_random(5, 4).repeat(1, 2)] * 2, False, _random(5, 4), _random(16, 4), 0.5)
+    yield "add_rms_norm_lora", (*[_random(*rows)] * 2, _random(*weight), 1e-5, 0.0, _random(5, 4), _random(8, 4), 0.5)
     yield "gated", (_trained(*rows), _trained(*rows), "silu")
     update = (_random(5, 4), _random(8, 4), _random(5, 4), _random(8, 4), 0.5, 2.0)
     yield "gated_lora", (_random(*rows), _random(*rows), "gelu_tanh", *update)
