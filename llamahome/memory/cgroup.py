@@ -95,6 +95,11 @@ def read_small(path: Path) -> bytes:
         os.close(descriptor)
 
 
+def oom_kills(root: Path = Path("/")) -> int:
+    """Processes that the kernel has killed for want of memory since this machine started; 0 where it does not count."""
+    return _statistic(root / "proc/vmstat", b"oom_kill")
+
+
 def _read_number(path: Path) -> int | None:
     text = read_small(path).strip()
     return int(text) if text.isdigit() else None

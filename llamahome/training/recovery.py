@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from llamahome.errors import CheckpointError
+from llamahome.errors import CheckpointError, LlamaHomeError
 from llamahome.files import remove_folder, storage_errors
+from llamahome.memory.agree import keep_smaller_budget
+from llamahome.memory.cgroup import oom_kills
 from llamahome.monitor.sinks import METRICS_FILE, JsonlSink
 from llamahome.training.checkpoint import TrainingState, load_state, newest_good, set_aside_after
-from llamahome.training.rundir import STATUS_FILE
+from llamahome.training.rundir import STATUS_FILE, read_run
 
 logger = logging.getLogger(__name__)
 _HOPELESS = (0, 2, 3, 4, 5, 7, 9, 130, 143)
@@ -42,13 +44,17 @@ def supervise(train: Sequence[str], resume: Sequence[str], run: Path, retries: i
     """Run the command `train` in a process of its own; after a crash run `resume`, at most `retries` times.
 
     Errors that would come again (configuration, data, model, memory limit, non-finite numbers) end it at once, and so
-    does a signal, which is passed on. Returns the last exit code.
+    does a signal, which is passed on. After a kill by the kernel for want of memory the next try cuts steps smaller.
+    Returns the last exit code.
     """
     command = list(train)
     for left in reversed(range(retries + 1)):
+        kills = oom_kills()
         code, pid, signalled = _run([sys.executable, "-m", "llamahome", *command])
         if code in _HOPELESS or signalled or left == 0:
             break
+        if code == 128 + signal.SIGKILL and oom_kills() > kills:
+            _cut_smaller(run)
         if _has_checkpoint(run):
             command = list(resume)
         else:
@@ -74,6 +80,16 @@ def _run(command: Sequence[str]) -> tuple[int, int, bool]:
         for number, handler in before.items():
             signal.signal(number, handler)
     return (128 - code if code < 0 else code), process.pid, bool({signal.SIGINT, signal.SIGTERM}.intersection(came))
+
+
+def _cut_smaller(run: Path) -> None:
+    """Halve the cut that the killed process began with, for the next one."""
+    try:
+        tokens = int(read_run(run)["memory_plan"]["micro_batch_tokens"])
+    except (LlamaHomeError, KeyError, TypeError, ValueError):
+        return  # killed before its plan was written: nothing to halve
+    logger.warning("the kernel killed it for want of memory: at most %d tokens in a micro-batch from now on",
+                   keep_smaller_budget(run, tokens))  # fmt: skip
 
 
 def _has_checkpoint(run: Path) -> bool:

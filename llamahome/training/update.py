@@ -11,11 +11,11 @@ from llamahome.memory.oom import free_memory, is_oom
 
 
 def update_weights(step: Callable[[], object], optimizer: torch.optim.Optimizer) -> None:
-    """Call `step`, which is `optimizer`'s or a loss scaler's; after an out-of-memory free what can be and call it again.
+    """Call `step`, which is `optimizer`'s or a loss scaler's; after an out-of-memory free what can be, and once more.
 
-    An optimizer makes its state in its first step, so that is where memory runs out. The gradients are whole, so nothing
-    of the step needs to be replayed; state of weights that had none is made anew. Raises: the error when a weight or
-    its state has changed: then only a checkpoint is a place to go on from.
+    An optimizer makes its state in its first step, so that is where memory runs out. The gradients are whole, so
+    nothing of the step needs to be replayed; state of weights that had none is made anew. Raises: the error when a
+    weight or its state has changed: then only a checkpoint is a place to go on from.
     """
     known, versions = set(optimizer.state), _versions(optimizer)
     try:
