@@ -9,12 +9,14 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from llamahome.errors import ConfigError, MissingError
 from llamahome.files import storage_errors, write_atomic
-from llamahome.plugins import load_object
+from llamahome.monitor.trackers import TRACKERS, build_tracker, scalars
+from llamahome.plugins import load_object, name_of
 
 logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
@@ -45,7 +47,7 @@ class JsonlSink:
             os.write(self._file, b"\n")
 
     def write(self, record: Mapping[str, Any], /) -> None:
-        line = json.dumps(_plain(record)).encode() + b"\n"
+        line = json.dumps(plain(record)).encode() + b"\n"
         size = os.fstat(self._file).st_size
         try:
             written = os.write(self._file, line)
@@ -106,11 +108,7 @@ class TensorBoardSink:
         self._add(self._event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def write(self, record: Mapping[str, Any], /) -> None:
-        values = [
-            self._summary.Value(tag=_tag(name), simple_value=float(value))
-            for name, value in record.items()
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
-        ]
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record).items()]
         self._add(self._event(wall_time=time.time(), step=int(record["step"]), summary=self._summary(value=values)))
 
     def event(self, event: Mapping[str, Any], /) -> None:
@@ -163,32 +161,51 @@ class GuardedSink:
             self._sink = None
 
 
-def build_sinks(names: Iterable[str], folder: Path) -> list[MetricSink]:
-    """`folder`/metrics.jsonl, and a sink for each name: "tensorboard", "none", or `module:object`.
+def build_sinks(
+    names: Iterable[str | MetricSink], folder: Path, settings: Mapping[str, Any] | None = None
+) -> list[MetricSink]:
+    """`folder`/metrics.jsonl, and a sink for each name: "tensorboard", a tracker's, "none", or `module:object`.
 
-    The object is called with the run's folder and returns a MetricSink. TensorBoard that is not installed is a
-    warning. Raises: ConfigError, StorageError.
+    The object is called with the run's folder and returns a MetricSink; one that is there already is used as it is.
+    `settings` are what a tracker shows as the run's configuration. TensorBoard that is not installed is a warning.
+    Raises: ConfigError, StorageError, MissingError for a tracker that is not installed.
     """
     sinks: list[MetricSink] = [JsonlSink(folder / METRICS_FILE)]
     for name in names:
         if name == "none":
             continue
-        factory = load_object(name, key="monitor.sinks", known={"tensorboard": TensorBoardSink, "none": None})
-        try:
-            sink = factory(folder / "tensorboard" if factory is TensorBoardSink else folder)
-        except MissingError as error:
-            logger.warning("%s", error)
-            continue
-        except Exception as error:  # the user's code may raise anything
-            if factory is TensorBoardSink:
-                raise
-            raise ConfigError(f"{name!r} failed: {type(error).__name__}: {error}", where="monitor.sinks",
-                              fix="give an object that takes the run's folder") from error  # fmt: skip
-        sinks.append(sink if factory is TensorBoardSink else GuardedSink(sink, name))
+        if name == "tensorboard":
+            sinks += _tensorboard(folder / "tensorboard")
+        elif not isinstance(name, str):
+            sinks.append(GuardedSink(name, name_of(name)))
+        else:
+            sinks.append(GuardedSink(_named_sink(name, folder, settings or {}), name))
     return sinks
 
 
-def _plain(value: Any) -> Any:
+def _tensorboard(folder: Path) -> list[MetricSink]:
+    try:
+        return [TensorBoardSink(folder)]
+    except MissingError as error:
+        logger.warning("%s", error)
+        return []
+
+
+def _named_sink(name: str, folder: Path, settings: Mapping[str, Any]) -> MetricSink:
+    """A tracker's sink or one of the user's own. Raises: ConfigError, MissingError."""
+    known = {tracker: partial(build_tracker, tracker, settings=settings) for tracker in TRACKERS}
+    factory = load_object(name, key="monitor.sinks", known={"none": None, "tensorboard": None, **known})
+    try:
+        sink: MetricSink = factory(folder)
+    except MissingError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise ConfigError(f"{name!r} failed: {type(error).__name__}: {error}", where="monitor.sinks",
+                          fix="give an object that takes the run's folder") from error  # fmt: skip
+    return sink
+
+
+def plain(value: Any) -> Any:
     """`value` as JSON can hold it: numbers that are not finite are None, unknown objects their text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -197,11 +214,11 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item"):  # a scalar of numpy or torch
-        return _plain(value.item())
+        return plain(value.item())
     return str(value)
 
 
@@ -225,7 +242,3 @@ def _until(lines: list[bytes], step: int) -> Iterator[bytes]:
         dropping = dropping or later
         if not later and (found is not None or not dropping):
             yield line
-
-
-def _tag(name: str) -> str:
-    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"

@@ -165,7 +165,7 @@ class TestOwnSinks:
             "sink mine:Broken is not used any more: ZeroDivisionError: no"
         ]
 
-    @pytest.mark.parametrize("name", ["wandb", "math:pi", "no_such_module:Sink"])
+    @pytest.mark.parametrize("name", ["wandbb", "math:pi", "no_such_module:Sink"])
     def test_what_is_no_sink_is_refused(self, name: str, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="sinks"):
             build_sinks([name], tmp_path)
