@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from llamahome.data.recipe import Data
+from llamahome.errors import UsageError
 from llamahome.monitor.metrics import Metric
 from llamahome.monitor.sinks import MetricSink
 from llamahome.plugins import name_of
@@ -43,3 +44,15 @@ class Extensions:
             listed = list(several) if entry.name in ("callbacks", "metrics", "sinks") else [several]
             found[entry.name] = [item if isinstance(item, str) else name_of(item) for item in listed]
         return found
+
+    def refuse_less_than(self, recorded: Mapping[str, Sequence[str]]) -> None:
+        """Raises: UsageError when the run in `recorded` had an object that is not here."""
+        here = self.names()
+        missing = {entry: names for entry, names in recorded.items() if set(names) - set(here.get(entry, ()))}
+        if missing:
+            listed = "; ".join(f"{entry}: {', '.join(names)}" for entry, names in missing.items())
+            raise UsageError(f"the run was begun from Python with objects of its own ({listed})", where="run.json",
+                             fix="resume it from Python with the same objects, as own=Extensions(...)")  # fmt: skip
+
+
+NOTHING = Extensions()

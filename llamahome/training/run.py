@@ -19,11 +19,13 @@ from llamahome.monitor.metrics import StepRecord
 from llamahome.monitor.progress import Progress
 from llamahome.monitor.report import write_report
 from llamahome.monitor.sinks import MetricSink, build_sinks
+from llamahome.monitor.trackers import require_trackers
 from llamahome.training import checkpoint as checkpoints
 from llamahome.training.calibrate import calibrate
 from llamahome.training.callbacks import Callback, call_all, load_callbacks
 from llamahome.training.checkpoint import TrainingState
 from llamahome.training.evaluate import Evaluation, evaluate_store
+from llamahome.training.extensions import Extensions
 from llamahome.training.loop import TrainingLoop
 from llamahome.training.recovery import ResourceRecovery
 from llamahome.training.rundir import RunFolder, State, read_run
@@ -76,30 +78,35 @@ class Run:
 
 
 def train(
-    config: Config, *, view: Progress | None = None, signals: StopSignal | None = None,
+    config: Config, own: Extensions | None = None, *, view: Progress | None = None, signals: StopSignal | None = None,
     before: Callable[[Any, Any], None] | None = None, after: Callable[[Any, Any], None] | None = None,
 ) -> RunResult:  # fmt: skip
     """Train by `config` from step 0; what `llamahome train` calls.
 
-    `view` shows progress; `before` and `after` are called with the model and its tokenizer.
+    `own` holds objects that stand in for names of the configuration. `view` shows progress; `before` and `after` are
+    called with the model and its tokenizer.
     Raises: any LlamaHomeError; Interrupted after a signal, the state saved.
     """
     with RunFolder(Path(config.training.output), fresh=True) as folder:
-        return _guarded(config, folder, None, view, signals or StopSignal(), before, after)
+        return _guarded(config, own or Extensions(), folder, None, view, signals or StopSignal(), before, after)
 
 
 def resume(
     checkpoint: Path, overrides: Sequence[str] = (), config_file: Path | None = None, *,
-    view: Callable[[Config], Progress] | None = None, signals: StopSignal | None = None,
+    own: Extensions | None = None, view: Callable[[Config], Progress] | None = None, signals: StopSignal | None = None,
 ) -> RunResult:  # fmt: skip
     """Go on from a checkpoint, or from the newest good one of a run folder; what `llamahome train-resume` calls.
 
-    The run's own configuration holds, changed by `overrides`. The samples per step stay as they were.
+    The run's own configuration holds, changed by `overrides`. The samples per step stay as they were. A run that began
+    with objects of the user's own needs them again as `own`. Raises: as `train`; UsageError without those objects.
     """
     config = resumed_config(checkpoint, overrides, config_file)
+    own = own or Extensions()
+    own.refuse_less_than(read_run(checkpoints.run_of(checkpoint)).get("extensions", {}))
     with RunFolder(checkpoints.run_of(checkpoint), fresh=False) as folder:
         recovery = ResourceRecovery(checkpoint)
-        return _guarded(config, folder, recovery, view(config) if view else None, signals or StopSignal(), None, None)
+        shown = view(config) if view else None
+        return _guarded(config, own, folder, recovery, shown, signals or StopSignal(), None, None)
 
 
 def resumed_config(checkpoint: Path, overrides: Sequence[str] = (), config_file: Path | None = None) -> Config:
@@ -108,15 +115,15 @@ def resumed_config(checkpoint: Path, overrides: Sequence[str] = (), config_file:
 
 
 def _guarded(
-    config: Config, folder: RunFolder, recovery: ResourceRecovery | None, view: Progress | None, signals: StopSignal,
-    before: Callable[[Any, Any], None] | None, after: Callable[[Any, Any], None] | None,
+    config: Config, own: Extensions, folder: RunFolder, recovery: ResourceRecovery | None, view: Progress | None,
+    signals: StopSignal, before: Callable[[Any, Any], None] | None, after: Callable[[Any, Any], None] | None,
 ) -> RunResult:  # fmt: skip
     """The run, with its end written to status.json whatever happens."""
     step = recovery.step if recovery else 0
     folder.write_status("running", None, "starting", step, resumable=recovery is not None)
     run = None
     try:
-        run = _open(config, folder, recovery, view)
+        run = _open(config, own, folder, recovery, view)
         if before:
             before(run.parts.model, run.parts.tokenizer)
         _go(run, signals)
@@ -144,16 +151,20 @@ def _guarded(
             _close(run)
 
 
-def _open(config: Config, folder: RunFolder, recovery: ResourceRecovery | None, view: Progress | None) -> Run:
+def _open(
+    config: Config, own: Extensions, folder: RunFolder, recovery: ResourceRecovery | None, view: Progress | None
+) -> Run:
     """Everything a run needs, ready for its first step."""
     found = recovery.checkpoint if recovery else None
-    parts = assemble(config, folder, found)
+    require_trackers(config.monitor.sinks)
+    parts = assemble(config, folder, found, own)
     if recovery:
         recovery.recover()
-    sinks = build_sinks(config.monitor.sinks, folder.path)
-    run = Run(config, folder, parts, parts.loop, sinks, view, load_callbacks(config.training.callbacks))
+    sinks = build_sinks([*config.monitor.sinks, *own.sinks], folder.path, config.to_dict())
+    callbacks = load_callbacks([*config.training.callbacks, *own.callbacks])
+    run = Run(config, folder, parts, parts.loop, sinks, view, callbacks)
     parts.loop.on_event = lambda event: _event(run, event)
-    folder.write_run(config.to_dict(), parts.facts)
+    folder.write_run(config.to_dict(), {**parts.facts, "extensions": own.names()})
     if view:
         view.start(parts.loop.state.total_steps, parts.loop.state.step)
     if found:

@@ -43,6 +43,7 @@ from llamahome.monitor.resources import ResourceMonitor
 from llamahome.monitor.tracker import PerformanceTracker, measure_matmul_peak
 from llamahome.training import checkpoint as checkpoints
 from llamahome.training.checkpoint import TrainingState
+from llamahome.training.extensions import NOTHING, Extensions
 from llamahome.training.host import keep_freed_memory, set_threads, use_compile_cache
 from llamahome.training.loop import TrainingLoop
 from llamahome.training.objective import Objective, build_objective, flat_row
@@ -68,13 +69,13 @@ class Assembled:
     facts: dict[str, Any]
 
 
-def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled:
+def assemble(config: Config, folder: RunFolder, found: Path | None, own: Extensions = NOTHING) -> Assembled:
     """Build every part of the run in `folder`, at step 0 or as the checkpoint `found` left it.
 
     Raises: ConfigError, DataError, ModelError, MemoryLimitError, StorageError, CheckpointError.
     """
     check_supported(config)
-    metrics = load_metrics(config.training.metrics)
+    metrics = {**load_metrics(config.training.metrics), **own.metrics}
     check_best_metric(config, metrics)
     device = resolve_device(config)
     source = resolve_model(None, config.model, config.cache.dir)
@@ -82,10 +83,10 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
     tokenizer = load_tokenizer(source)
     architecture = json.loads((source.folder / "config.json").read_bytes())
     shape = model_shape(architecture)
-    if config.data.path is None:
+    if (data := own.data or config.data.path) is None:
         raise UsageError("no data to train on", where="data.path", fix="name a file, folder, glob or hub id")
     prepared = prepare(
-        config.data.path, tokenizer, config=config, eval_data=config.data.eval_path, vocab_size=shape.vocabulary
+        data, tokenizer, config=config, eval_data=own.eval_data or config.data.eval_path, vocab_size=shape.vocabulary
     )
     state = _state(config, prepared, source, found)
     config = settled(config, state)
@@ -96,7 +97,7 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
     governor = _governor(config, architecture, prepared, state, precision, device)
     model = load_for_training(config, source, device, precision, checkpointing=governor.plan.gradient_checkpointing)
     fused = fuse(model).summary() if config.processing.fuse else "none"
-    objective = build_objective(model, config.training.loss, chunk_rows=governor.plan.loss_rows)
+    objective = build_objective(model, own.loss or config.training.loss, chunk_rows=governor.plan.loss_rows)
     batches = build_batches(config, prepared, state.samples_per_step, objective)
     mode = compile_layers(
         objective.causal, config.processing.compile_mode, tokens=_tokens_to_train(prepared, state),
@@ -109,14 +110,14 @@ def assemble(config: Config, folder: RunFolder, found: Path | None) -> Assembled
         "processing.loss_chunk": governor.plan.loss_rows,
     }
     trained = sum(parameter.numel() for _, parameter in trainable_parameters(model))
-    optimizer = build_optimizer(model, config.optimization)
+    optimizer = build_optimizer(model, config.optimization, own.optimizer)
     resources = ResourceMonitor(
         folder.path, dict(config.monitor.thresholds.items()),
         memory_share=lambda: governor.reading.used_bytes / governor.limit_bytes,
     )  # fmt: skip
     loop = TrainingLoop(
         model, optimizer, batches, state=state, objective=objective, precision=precision, governor=governor,
-        scheduler=build_scheduler(optimizer, config.optimization, state.total_steps),
+        scheduler=build_scheduler(optimizer, config.optimization, state.total_steps, own.scheduler),
         max_grad_norm=config.optimization.max_grad_norm, on_nonfinite=config.optimization.on_nonfinite,
         metrics=MetricsCollector(
             metrics=metrics, memory_limit_bytes=governor.limit_bytes,
