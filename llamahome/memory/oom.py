@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llamahome.errors import LlamaHomeError, MemoryLimitError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llamahome.memory.governor import MemoryGovernor
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Libraries report a failed allocation as a plain RuntimeError. oneDNN ("a primitive") was seen to do so under a
 # limit on memory; a shortage of a GPU's shared memory ("out of resource") is a kernel's fault and not meant.
@@ -60,6 +61,17 @@ def free_memory() -> None:
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     _trim_heap()(0)
+
+
+def twice(work: Callable[[], T]) -> T:
+    """What `work` gives; after an out-of-memory all that can be is freed and it runs once more. For what is atomic."""
+    try:
+        return work()
+    except Exception as error:
+        if not is_oom(error):
+            raise
+    free_memory()
+    return work()
 
 
 class OOMHandler:

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from llamahome.data.batch import BatchProcessor
 from llamahome.data.store import TokenStore
 from llamahome.errors import DataError
+from llamahome.memory.oom import free_memory, is_oom
 from llamahome.model.adapters import without_input_casts
 from llamahome.training.objective import Objective, build_objective, evaluating
 from llamahome.training.precision import Precision, resolve_precision
@@ -38,7 +41,7 @@ def evaluate_store(
 ) -> Evaluation:
     """Evaluate on the first `max_samples` samples of a store (all without it), in cuts of `token_budget` tokens.
 
-    Raises: DataError when there is no trained token.
+    A cut that runs out of memory is halved. Raises: DataError when there is no trained token.
     """
     samples = np.arange(min(len(store), max_samples or len(store)), dtype=np.int64)
     processor = BatchProcessor(store, round_rows=objective.rounds_rows)
@@ -46,14 +49,27 @@ def evaluate_store(
     model = objective.model
     with evaluating(model), without_input_casts(model, precision.lowers), precision.autocast():
         for ids in processor.cut(samples, token_budget=token_budget, max_samples=None if objective.packs else 1):
-            part_loss, part_correct = objective.statistics(processor.build(ids))
-            loss += part_loss.double().cpu()
-            correct += int(part_correct)
+            part_loss, part_correct = _statistics(objective, processor, ids)
+            loss += part_loss
+            correct += part_correct
     tokens = int(store.trained_counts(samples).sum())
     if not tokens:
         raise DataError("no trained token to evaluate", fix="check the data with: llamahome data check")
     mean = float(loss) / tokens
     return Evaluation(mean, math.exp(min(mean, 700.0)), correct / tokens, len(samples), tokens)
+
+
+def _statistics(objective: Objective, processor: BatchProcessor, ids: NDArray[np.int64]) -> tuple[Tensor, int]:
+    """Summed loss (fp64) and right tokens of these samples, in halves where memory runs out for all of them."""
+    try:
+        loss, correct = objective.statistics(processor.build(ids))
+        return loss.double().cpu(), int(correct)
+    except Exception as error:
+        if len(ids) == 1 or not is_oom(error):
+            raise
+    free_memory()  # outside of the `except`, which keeps the failed call's tensors alive
+    halves = [_statistics(objective, processor, half) for half in np.array_split(ids, 2)]
+    return halves[0][0] + halves[1][0], halves[0][1] + halves[1][1]
 
 
 def evaluate(model: str | Path, data: str | Path, config: Config | None = None) -> Evaluation:

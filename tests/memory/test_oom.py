@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llamahome.errors import DataError, MemoryLimitError
-from llamahome.memory.oom import OOMHandler, free_memory, is_oom
+from llamahome.memory.oom import OOMHandler, free_memory, is_oom, twice
 
 REAL = """
 import mmap, resource, sys, threading
@@ -182,3 +182,21 @@ def test_free_memory_gives_pages_back() -> None:
     free_memory()
     assert monitor.read().used_bytes < high - 70_000_000
     assert len(kept) == 2000
+
+
+def test_what_is_atomic_runs_twice_and_no_more() -> None:
+    left = [MemoryError(), None]
+
+    def work() -> str:
+        if (error := left.pop(0)) is not None:
+            raise error
+        return "saved"
+
+    assert twice(work) == "saved"
+    left[:] = [MemoryError(), MemoryError(), None]
+    with pytest.raises(MemoryError):
+        twice(work)
+    left[:] = [OSError(28, "No space left"), None]  # type: ignore[list-item]
+    with pytest.raises(OSError, match="No space"):
+        twice(work)
+    assert left == [None]

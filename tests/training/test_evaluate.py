@@ -90,3 +90,24 @@ def test_a_model_with_attention_of_its_own_is_evaluated(data_file, tiny_tokenize
     tiny_tokenizer.save_pretrained(folder)
     found = lh.evaluate(folder, data_file, Config.load(None, {"processing.precision": "fp32"}))
     assert found.samples == 60
+
+
+def test_a_cut_that_runs_out_of_memory_is_halved(make_model, store):
+    objective = build_objective(make_model())
+    expected = evaluate_store(objective, store, precision=FP32, token_budget=1024)
+
+    class Short:
+        """An objective with memory for 100 tokens at a time."""
+
+        def __getattr__(self, name):
+            return getattr(objective, name)
+
+        def statistics(self, batch):
+            if batch.num_tokens > 100:
+                raise MemoryError
+            return objective.statistics(batch)
+
+    found = evaluate_store(Short(), store, precision=FP32, token_budget=1024)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert (found.samples, found.trained_tokens) == (expected.samples, expected.trained_tokens)
+    assert found.token_accuracy == pytest.approx(expected.token_accuracy, abs=1e-9)
