@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors", "files", "plugins", "config", "demo", "_C", "kernels"},
-    {"memory", "monitor"},
+    {"distributed", "memory", "monitor"},
     {"data"},
     {"model"},
     {"training"},

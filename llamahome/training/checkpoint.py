@@ -10,7 +10,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 _SUPERSEDED = ".superseded"
-_REQUIRED = ("optimizer.safetensors", "rng.safetensors", "training_state.json")
+_REQUIRED = ("rng.safetensors", "training_state.json")
+PARTS = "shards"  # folder of the ranks' parts, where weights and optimizer were shared out
+Sums = dict[str, str]  # SHA-256 by file
 
 
 @dataclass
@@ -63,26 +65,34 @@ def save_checkpoint(
         write_model(model, tokenizer, folder)
         tensors, plain = pack_optimizer(model, optimizer)
         save_file(tensors, folder / "optimizer.safetensors")
-        random_tensors, random_plain = pack_rng()
-        save_file(random_tensors, folder / "rng.safetensors")
-        content = {
-            **asdict(state),
-            "optimizer": {"type": type(optimizer).__name__, "values": plain, "groups": group_values(optimizer)},
-            "scheduler": {"last_epoch": scheduler.last_epoch},
-            "scaler": scaler.state_dict() if scaler is not None else {},
-            "rng": random_plain,
-        }
-        write_json(folder / "training_state.json", content)
+        write_state(folder, state, optimizer, scheduler, scaler, plain)
         write_manifest(folder, state.step)
     return target
 
 
-def write_manifest(folder: Path, step: int) -> None:
-    """List every file of `folder` with size and SHA-256."""
+def write_state(
+    folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer, scheduler: Any, scaler: Any,
+    values: dict[str, Any],
+) -> None:  # fmt: skip
+    """Everything of a checkpoint but the tensors of model and optimizer; `values` are the optimizer's other values."""
+    random_tensors, random_plain = pack_rng()
+    save_file(random_tensors, folder / "rng.safetensors")
+    content = {
+        **asdict(state),
+        "optimizer": {"type": type(optimizer).__name__, "values": values, "groups": group_values(optimizer)},
+        "scheduler": {"last_epoch": scheduler.last_epoch},
+        "scaler": scaler.state_dict() if scaler is not None else {},
+        "rng": random_plain,
+    }
+    write_json(folder / "training_state.json", content)
+
+
+def write_manifest(folder: Path, step: int, known: Mapping[str, str] | None = None) -> None:
+    """List every file of `folder` with size and SHA-256, which is computed unless it is `known`."""
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    sums = known or {}
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        name: {"bytes": path.stat().st_size, "sha256": sums.get(name) or sha256(path)} for name, path in names.items()
     }
     write_json(folder / "manifest.json", {"format": FORMAT_VERSION, "step": step, "files": files})
 
@@ -98,6 +108,8 @@ def fault_of(checkpoint: Path, *, content: bool = True) -> str | None:
             return f"format {manifest['format']} is not {FORMAT_VERSION}"
         if _step(checkpoint) not in (-1, manifest["step"]):
             return f"it is of step {manifest['step']}"
+        if not any(name == "optimizer.safetensors" or name.startswith(f"{PARTS}/") for name in manifest["files"]):
+            return "manifest.json does not list optimizer.safetensors"
         if missing := [name for name in _REQUIRED if name not in manifest["files"]]:
             return f"manifest.json does not list {missing[0]}"
         for name, expected in manifest["files"].items():

@@ -20,6 +20,7 @@ from llamahome.training.objective import Objective, build_objective
 from llamahome.training.optim import constant
 from llamahome.training.precision import Precision
 from llamahome.training.step import Gradient, Ids, StepBatches, accumulate, clip_gradients, seed_step
+from llamahome.training.team import SINGLE, Team
 
 _MAX_SKIPPED_IN_A_ROW = 10
 
@@ -38,6 +39,7 @@ class TrainingLoop:
         state: where to begin and end; its `step` counts finished steps.
         on_nonfinite: "stop" raises NonFiniteError before the optimizer sees the gradient; "skip" drops the step.
         on_event: receives out-of-memory, changed-cut and skipped-step events as plain dicts.
+        team: the other ranks of the run; each runs this loop, and every step is one step of all.
     """
 
     def __init__(
@@ -45,12 +47,13 @@ class TrainingLoop:
         objective: Objective | None = None, scheduler: Any = None, precision: Precision | None = None,
         governor: MemoryGovernor | None = None, max_grad_norm: float | None = 1.0, on_nonfinite: str = "stop",
         metrics: MetricsCollector | None = None, on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+        team: Team = SINGLE,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.batches, self.state = model, optimizer, batches, state
         self.objective = objective or build_objective(model)
         self.scheduler = scheduler or torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: constant(step, 0, 0))
         self.precision = precision or Precision("fp32", next(model.parameters()).device.type)
-        self.governor = governor
+        self.governor, self.team = governor, team
         self.max_grad_norm, self.on_nonfinite, self.on_event = max_grad_norm, on_nonfinite, on_event
         self.metrics = metrics or MetricsCollector()
         self.scaler = torch.amp.GradScaler(self.precision.device, enabled=self.precision.scales_loss)
@@ -79,6 +82,7 @@ class TrainingLoop:
         self.batches.prefetch(self.state.step, first=self.state.step == self._first_step)
         trained = self.batches.trained_tokens(samples)
         gradient = self._gradient(samples, trained)
+        together = self.team.combine(gradient, self._parameters, time.perf_counter() - started)
         self.scaler.unscale_(self.optimizer)
         norm = float(clip_gradients(self._parameters, self.max_grad_norm))
         loss = float(gradient.loss)
@@ -98,7 +102,7 @@ class TrainingLoop:
         self.state.step += 1
         self.state.tokens += gradient.tokens
         self._observe(gradient)
-        return self.metrics.step(
+        record = self.metrics.step(
             step=self.state.step,
             epoch=self.batches.order.epoch(self.state.step),
             loss=loss,
@@ -112,27 +116,32 @@ class TrainingLoop:
             micro_batches=gradient.micro_batches,
             micro_batch_tokens=gradient.micro_batch_tokens,
         )
+        return record | together
 
     def _gradient(self, samples: Ids, trained: int) -> Gradient:
         """The step's gradient, replayed with a smaller cut when memory runs out."""
+        budget = self.team.budget(self._budget())
+        if self.governor is not None and budget is not None:
+            self.governor.token_budget = budget
         while True:
-            seed_step(self.state.seed, self.state.step)
-            cut = self.batches.cut(samples, self._budget())
+            seed_step(self.state.seed, self.state.step, self.team.ranks.rank)
+            cut = self.batches.cut(samples, budget)
             try:
                 with without_input_casts(self.model, self.precision.lowers):
-                    return accumulate(
-                        self._forward, cut, self.batches.processor.build, max(1, trained), self.scaler.scale
-                    )
+                    return accumulate(self._forward, cut, self.batches.build, max(1, trained), self.scaler.scale)
             except Exception as error:
-                if self._oom is None or not is_oom(error):
+                # In lockstep the others wait inside of the step: only a restart with a smaller cut helps.
+                if self._oom is None or not is_oom(error) or self.team.in_lockstep:
                     raise
                 longest = max(int(self.batches.store.lengths(ids).sum()) for ids in cut)
                 failure = error.with_traceback(None)  # the frames hold the activations
             self.optimizer.zero_grad(set_to_none=True)
             for event in self._oom.handle(failure, micro_batch_tokens=longest, step=self.state.step + 1):
                 self.on_event(event)
+            budget = self._budget()
 
     def _forward(self, batch: Any) -> torch.Tensor:
+        self.team.progress()
         offload = self.governor is not None and self.governor.plan.offload
         with self.precision.autocast(), saving_in_host_memory(offload, self.precision.device):
             return self.objective(batch)
@@ -165,6 +174,7 @@ class TrainingLoop:
     def _culprits(self, samples: Ids, gradient: Gradient) -> str:
         """Rows of the data whose micro-batch has a non-finite loss, or all of the step's."""
         cut = self.batches.cut(samples, self._budget())
-        bad = [ids for ids, loss in zip(cut, gradient.micro_losses, strict=False) if not math.isfinite(float(loss))]
+        own = [ids for ids, loss in zip(cut, gradient.micro_losses, strict=False) if not math.isfinite(float(loss))]
+        bad = [ids for share in self.team.ranks.gather(own) for ids in share]
         rows = [self.batches.place(int(i)) for ids in bad or [samples] for i in ids]
         return ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")

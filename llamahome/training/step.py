@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,13 +15,19 @@ from torch import Tensor, nn
 from llamahome.data.batch import BatchProcessor, MicroBatch
 from llamahome.data.dataset import StepOrder
 from llamahome.data.store import TokenStore
+from llamahome.distributed.deal import deal, even_out
+from llamahome.distributed.shard import whole
 
 Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class StepBatches:
-    """The samples of every step, and how a step's samples become micro-batches."""
+    """The samples of every step, and how a step's samples become micro-batches.
+
+    Of several `ranks` each gets its share of the same samples, dealt by length; `in_lockstep` all of them get the same
+    number of micro-batches, some of them empty where there are too few samples.
+    """
 
     store: TokenStore
     order: StepOrder
@@ -29,9 +35,30 @@ class StepBatches:
     max_samples: int | None = None
     place: Callable[[int], str] = "sample {}".format
     read_ahead: int = 2
+    rank: int = 0
+    ranks: int = 1
+    in_lockstep: bool = False
 
     def cut(self, samples: Ids, token_budget: int | None) -> list[Ids]:
-        """Micro-batches of at most `max_samples` samples and, as far as whole samples go, `token_budget` tokens."""
+        """This rank's micro-batches: at most `max_samples` samples and, as far as whole samples go, `token_budget`."""
+        if self.ranks == 1:
+            return self._cut(samples, token_budget)
+        shares = [samples[share] for share in deal(self.store.lengths(samples), self.ranks)]
+        own = self._cut(shares[self.rank], token_budget)
+        if not self.in_lockstep:
+            return own
+        return even_out(own, max(len(self._cut(share, token_budget)) for share in shares))
+
+    def build(self, ids: Ids) -> MicroBatch:
+        """The tensors of a micro-batch. An empty one is some sample of which nothing is trained and all is padding."""
+        if len(ids):
+            return self.processor.build(ids)
+        filling = self.processor.build(np.array([int(self.store.lengths().argmin())]))
+        return replace(filling, labels=torch.full_like(filling.labels, -100), num_tokens=0, num_trained=0)
+
+    def _cut(self, samples: Ids, token_budget: int | None) -> list[Ids]:
+        if not len(samples):
+            return []
         return self.processor.cut(samples, token_budget=token_budget, max_samples=self.max_samples)
 
     def prefetch(self, step: int, first: bool) -> None:
@@ -84,15 +111,16 @@ def accumulate(
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """The norm of all gradients together; they are scaled down to `max_norm` where it is larger and finite."""
+    """The norm of all gradients together, over all ranks; they are scaled down to `max_norm` where it is larger."""
     parameters = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if max_norm and bool(torch.isfinite(norm)):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Set torch's random state from the run's seed and the step alone: a replay draws the same numbers."""
-    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Set torch's random state from the run's seed, the step and the rank: a replay draws the same numbers."""
+    name = f"{seed}/{step}/{rank}" if rank else f"{seed}/{step}"
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
