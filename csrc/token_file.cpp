@@ -244,6 +244,8 @@ void TokenFile::prefetch_runs_at(std::uint64_t token) const {
 }
 
 void TokenFile::prefetch_runs(std::uint64_t run) const {
+  // A record that is not checked yet may hold any number; a pointer past the mapping would be undefined by itself.
+  run = std::min(run, header_.num_runs);
   if (map_ != nullptr) __builtin_prefetch(map_ + header_.runs_at + run * sizeof(Run));
 }
 
