@@ -1,4 +1,4 @@
-"""SmolLM2-135M under real limits (RLIMIT_DATA): what the plan calls enough is, and what it calls too little ends early."""
+"""SmolLM2-135M under real limits (RLIMIT_DATA): what the plan calls enough is, and too little ends at once."""
 
 from __future__ import annotations
 
