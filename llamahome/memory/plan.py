@@ -34,7 +34,7 @@ _HEAP_SLACK = {
     (True, False, True, False): 0.3, (True, False, False, False): 0.1,
     (True, False, True, True): 1.3, (True, False, False, True): 0.7,
     (True, True, True, False): 0.4, (True, True, False, False): 0.3,
-    (True, True, True, True): 0.7, (True, True, False, True): 0.9,
+    (True, True, True, True): 0.4, (True, True, False, True): 0.4,
 }  # fmt: skip
 FIRST_STEP_BYTES = 64 * MIB  # libraries' pages and generated code that the first step touches
 _GPU_SLACK = 0.05  # of the caching allocator; not measured here
@@ -188,7 +188,8 @@ def plan_memory(
         + (layer - entry if gradient_checkpointing else remade),
         loss_row_bytes=shape.vocabulary * 2 * element,  # two chunks for a moment
         loss_rows=loss_chunk or default_loss_rows(shape.vocabulary, device),
-        loss_constant=shape.vocabulary * shape.hidden * (4 if low else 8) if trains_base else 0,
+        # The output projection's gradient in fp32, before and after it is scaled.
+        loss_constant=8 * shape.vocabulary * shape.hidden if trains_base else 0,
         trained_fraction=trained_fraction,
         gradient_checkpointing=gradient_checkpointing,
         allocator_share=_HEAP_SLACK[fused, trains_base, low, gradient_checkpointing] if cpu else _GPU_SLACK,
@@ -248,7 +249,7 @@ def _weight_copies(shape: ModelShape, low: bool, method: Method, fused: bool) ->
     """Copies of the layers' weights that forward makes and backward still needs.
 
     Autocast casts trained weights to 2 bytes, fused layers one at a time; fake quantisation makes one copy more; QLoRA
-    unpacks one weight at a time. A trained weight's new gradient exists beside the sum of the earlier ones.
+    unpacks one weight at a time. A layer's new gradient exists beside the sum of the earlier ones.
     """
     element = 2 if low else 4
     match method:
@@ -258,9 +259,9 @@ def _weight_copies(shape: ModelShape, low: bool, method: Method, fused: bool) ->
             return element * shape.hidden * shape.mlp
         case "full":
             cast = (2 * shape.hidden * shape.mlp if fused else 2 * shape.linear_parameters) if low else 0
-            return cast + 4 * shape.largest_weight
+            return cast + 4 * shape.hidden * shape.mlp
         case "qat":
-            return ((2 if low else 0) + element) * shape.linear_parameters + 4 * shape.largest_weight
+            return ((2 if low else 0) + element) * shape.linear_parameters + 4 * shape.hidden * shape.mlp
 
 
 def _ends(shape: ModelShape, low: bool, trains_base: bool, trained_fraction: float) -> int:

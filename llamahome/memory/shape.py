@@ -49,10 +49,6 @@ class ModelShape:
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return embeddings + (2 * self.layers + 1) * self.hidden
 
-    @property
-    def largest_weight(self) -> int:
-        return self.hidden * max(self.vocabulary, self.mlp)
-
     def targets(self, target_modules: str | Sequence[str]) -> list[str]:
         """The projections that get an adapter. Names of other architectures count as all of them."""
         if isinstance(target_modules, str):

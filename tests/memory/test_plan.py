@@ -165,7 +165,7 @@ MEASURED = [
     ("smollm2", "lora", "bf16", "none", 512, 1266), ("smollm2", "lora", "bf16", "none", 1024, 1516),
     ("smollm2", "lora", "bf16", "layers", 1024, 1197), ("smollm2", "lora", "bf16", "mlp", 512, 1141),
     ("smollm2", "lora", "fp32", "none", 256, 1559), ("smollm2", "lora", "fp32", "layers", 512, 1445),
-    ("smollm2", "full", "bf16", "none", 256, 3323),
+    ("smollm2", "full", "bf16", "none", 256, 3323), ("smollm2", "full", "fp32", "layers", 256, 3197),
     ("small", "lora", "bf16", "none", 2048, 791), ("small", "lora", "fp32", "none", 2048, 866),
     ("small", "full", "bf16", "none", 2048, 1130), ("small", "full", "bf16", "layers", 4096, 1087),
 ]  # fmt: skip
