@@ -19,7 +19,7 @@ CASE: dict[str, Any] = {"model": "smollm2", "samples": 0, "length": 128, "settin
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
+def script() -> ModuleType:
     path = Path(__file__).parents[2] / "benchmarks" / "governor.py"
     spec = importlib.util.spec_from_file_location("governor_benchmark", path)
     assert spec is not None
@@ -30,21 +30,21 @@ def benchmark() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def minimum(benchmark: ModuleType) -> int:
-    found: int = benchmark.spawn({**CASE, "steps": 0})["minimum"]
+def minimum(script: ModuleType) -> int:
+    found: int = script.spawn({**CASE, "steps": 0})["minimum"]
     return found
 
 
-def test_a_little_more_than_the_minimum_is_enough(benchmark: ModuleType, minimum: int) -> None:
+def test_a_little_more_than_the_minimum_is_enough(script: ModuleType, minimum: int) -> None:
     limit = int(1.15 * minimum)
-    found = benchmark.spawn({**CASE, "limit": limit})
+    found = script.spawn({**CASE, "limit": limit})
     assert "error" not in found
     assert found["peak"] <= limit
 
 
-def test_less_ends_with_code_5_before_training_and_says_what_would_do(benchmark: ModuleType, minimum: int) -> None:
+def test_less_ends_with_code_5_before_training_and_says_what_would_do(script: ModuleType, minimum: int) -> None:
     started = time.perf_counter()
-    found = benchmark.spawn({**CASE, "limit": int(0.8 * minimum)})
+    found = script.spawn({**CASE, "limit": int(0.8 * minimum)})
     assert found["code"] == 5, found
     assert time.perf_counter() - started < 60  # seconds on a quiet machine: no weight has been read
     number, unit = re.search(r"raise training\.memory_limit to ([\d.]+) (GB|MB)", found["error"]).groups()  # type: ignore[union-attr]
