@@ -11,14 +11,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llamahome.kernels.attention_kernels_triton import dkv_kernel, dq_kernel, forward_kernel, token_bounds_kernel
+from llamahome.kernels.cases import ARCHS
 from llamahome.kernels.launch import (
     INTERPRETER,
     LaunchConfig,
     StaticCase,
     aligned,
     architecture,
+    candidates,
     choose_config,
-    default_config,
     has_tensor_descriptors,
 )
 
@@ -177,8 +178,8 @@ class _Shape(NamedTuple):
 
 
 _SHAPES = (
-    _Shape("d64", 64, False, 0.0, ("sm_80", "sm_90")),
-    _Shape("d128", 128, False, 0.0, ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")),
+    _Shape("d64", 64, False, 0.0, ARCHS),
+    _Shape("d128", 128, False, 0.0, ARCHS),
     _Shape("d96", 96, False, 0.0, ("sm_90",)),
     _Shape("d128_window_softcap", 128, True, 50.0, ("sm_90",)),
     _Shape("d256_window_softcap", 256, True, 50.0, ("sm_90",)),
@@ -186,7 +187,7 @@ _SHAPES = (
 
 
 def static_cases() -> list[StaticCase]:
-    """What the static gate compiles: bf16, the default tiles of each architecture."""
+    """What the static gate compiles: bf16, the default tiles of each architecture and all that tuning may choose."""
     cases = {"token_bounds": _token_bounds_case()}
     for shape in _SHAPES:
         for arch in shape.archs:
@@ -216,21 +217,25 @@ def _cases(shape: _Shape, arch: str) -> Iterator[StaticCase]:
     access = "tma" if tma else "pointers"
     for kernel, function in (("forward", forward_kernel), ("dq", dq_kernel), ("dkv", dkv_kernel)):
         class_ = f"{access}{_padded(shape.size)}" + ("_softcap" if shape.softcap else "")
-        config = default_config(f"attention_{kernel}", class_, arch)
-        constants = {
-            "D": shape.size, "BD": _padded(shape.size), "WINDOW": shape.window, "SOFTCAP": shape.softcap, "TMA": tma,
-            "BM": config.block_m, "BN": config.block_n,
-        }  # fmt: skip
-        signature = {name: _type(name, constants) for name in function.arg_names}
-        tiles = f"{access}_{config.block_m}x{config.block_n}_{config.num_stages}"
-        for part in _parts(kernel, config):
-            output = (
-                "dk" if part == {"DK": True, "DV": False} else "dv" if part == {"DK": False, "DV": True} else kernel
-            )
-            yield StaticCase(
-                f"attention_{output}_{shape.name}_{tiles}", function, signature, constants | part, config.num_warps,
-                config.num_stages, (arch,),
-            )  # fmt: skip
+        for config in candidates(f"attention_{kernel}", class_, arch):
+            yield from _launches(shape, arch, kernel, function, config, tma)
+
+
+def _launches(
+    shape: _Shape, arch: str, kernel: str, function: Any, config: LaunchConfig, tma: bool
+) -> Iterator[StaticCase]:
+    constants = {
+        "D": shape.size, "BD": _padded(shape.size), "WINDOW": shape.window, "SOFTCAP": shape.softcap, "TMA": tma,
+        "BM": config.block_m, "BN": config.block_n,
+    }  # fmt: skip
+    signature = {name: _type(name, constants) for name in function.arg_names}
+    tiles = f"{'tma' if tma else 'pointers'}_{config.block_m}x{config.block_n}_{config.num_stages}"
+    for part in _parts(kernel, config):
+        output = "dk" if part == {"DK": True, "DV": False} else "dv" if part == {"DK": False, "DV": True} else kernel
+        yield StaticCase(
+            f"attention_{output}_{shape.name}_{tiles}", function, signature, constants | part, config.num_warps,
+            config.num_stages, (arch,),
+        )  # fmt: skip
 
 
 def _parts(kernel: str, config: LaunchConfig) -> tuple[dict[str, bool], ...]:

@@ -116,7 +116,7 @@ def _c(*configs: tuple[int, int, int, int]) -> tuple[LaunchConfig, ...]:
 _ROWS: tuple[tuple[str, str, tuple[str, ...], tuple[LaunchConfig, ...]], ...] = (
     ("attention_forward", "tma64", _NEWER, _c((128, 64, 8, 3), (128, 128, 8, 2))),
     ("attention_forward", "tma128", _NEWER, _c((128, 128, 8, 2), (128, 64, 8, 3))),
-    ("attention_forward", "tma256", _NEWER, _c((128, 64, 8, 2), (128, 32, 8, 2))),
+    ("attention_forward", "tma256", _NEWER, _c((128, 64, 8, 2))),
     ("attention_forward", "pointers64", ("sm_80",), _c((128, 64, 8, 3), (64, 64, 4, 2))),
     ("attention_forward", "pointers64", _ALL[1:], _c((128, 64, 8, 2), (64, 64, 4, 2))),
     ("attention_forward", "pointers128", ("sm_80",), _c((128, 64, 8, 3), (64, 64, 4, 2))),
@@ -128,12 +128,12 @@ _ROWS: tuple[tuple[str, str, tuple[str, ...], tuple[LaunchConfig, ...]], ...] = 
     ("attention_forward", "pointers256", ("gfx942",), _c((64, 32, 4, 1))),
     ("attention_dq", "tma64", _NEWER, _c((128, 64, 8, 2), (128, 128, 8, 2))),
     ("attention_dq", "tma128", _NEWER, _c((128, 64, 8, 2), (64, 64, 4, 2))),
-    ("attention_dq", "tma256", _NEWER, _c((128, 32, 8, 2), (64, 32, 8, 2))),
+    ("attention_dq", "tma256", _NEWER, _c((128, 32, 8, 2))),
     ("attention_dq", "pointers64", _OLDER, _c((64, 32, 4, 2), (64, 64, 4, 2))),
     ("attention_dq", "pointers64", _NEWER, _c((128, 64, 8, 2))),
     ("attention_dq", "pointers64", ("gfx942",), _c((64, 64, 4, 2), (64, 32, 4, 2))),
     ("attention_dq", "pointers128", (*_OLDER, "gfx942"), _c((64, 32, 4, 2))),
-    ("attention_dq", "pointers128", _NEWER, _c((64, 64, 4, 2), (128, 32, 8, 2))),
+    ("attention_dq", "pointers128", _NEWER, _c((64, 64, 4, 2))),
     ("attention_dq", "pointers256", _OLDER, _c((64, 32, 8, 1))),
     ("attention_dq", "pointers256", ("sm_90",), _c((64, 32, 8, 2))),
     ("attention_dq", "pointers256", ("sm_100",), _c((64, 32, 8, 1))),
@@ -160,10 +160,11 @@ _CONFIGS = {(kernel, shape, arch): configs for kernel, shape, archs, configs in 
 
 def default_config(kernel: str, shape: str, arch: str) -> LaunchConfig:
     """The table's row for an architecture or for the nearest one known. Raises: KeyError for an unknown kernel."""
-    return _configs(kernel, shape, arch)[0]
+    return candidates(kernel, shape, arch)[0]
 
 
-def _configs(kernel: str, shape: str, arch: str) -> tuple[LaunchConfig, ...]:
+def candidates(kernel: str, shape: str, arch: str) -> tuple[LaunchConfig, ...]:
+    """The default configuration and what tuning tries besides it; the static gate compiles all of them."""
     if arch == INTERPRETER:
         return (_INTERPRETED,)
     arch = _nearest(arch)
@@ -188,7 +189,7 @@ def choose_config(
     `launch` runs the kernel with one configuration; it is called several times, so it must not change its inputs.
     """
     arch = architecture(device)
-    configs = _configs(kernel, shape, arch)
+    configs = candidates(kernel, shape, arch)
     if len(configs) == 1 or device.type == "cpu" or os.environ.get("LLAMAHOME_AUTOTUNE") != "1":
         return configs[0]
     key = f"{kernel}-{shape}-{arch}"

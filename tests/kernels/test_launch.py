@@ -112,7 +112,7 @@ def test_the_table_decides_unless_tuning_is_asked_for(gpu, monkeypatch):
 
 def test_tuning_keeps_the_fastest_on_disk(gpu, monkeypatch, tmp_path):
     monkeypatch.setenv("LLAMAHOME_AUTOTUNE", "1")
-    default, other = launch._configs("attention_forward", "tma128", "sm_90")
+    default, other = launch.candidates("attention_forward", "tma128", "sm_90")
     seconds = {default: 2.0, other: 1.0}
     assert choose_config("attention_forward", "tma128", CUDA, seconds.__getitem__) == other
     assert len(list(tmp_path.rglob("*.json"))) == 1
@@ -124,7 +124,7 @@ def test_tuning_survives_a_torn_file_and_what_does_not_fit(gpu, monkeypatch):
     from triton.runtime.errors import OutOfResources
 
     monkeypatch.setenv("LLAMAHOME_AUTOTUNE", "1")
-    default, other = launch._configs("attention_forward", "tma128", "sm_90")
+    default, other = launch.candidates("attention_forward", "tma128", "sm_90")
 
     def run(config: LaunchConfig) -> float:
         if config == other:
