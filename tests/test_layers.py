@@ -20,7 +20,7 @@ LAYERS = (
     {"data"},
     {"model"},
     {"training"},
-    {"chat", "commands", "doctor", "watch", "integrations", "cli", "__main__"},
+    {"aio", "chat", "commands", "doctor", "watch", "integrations", "cli", "__main__"},
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "numpy", "pyarrow", "datasets", "pydantic", "yaml", "rich"}
