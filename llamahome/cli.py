@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,8 +45,13 @@ def cli(debug: bool) -> None:
 @click.option("--model", help="Base model: folder, GGUF file or hub id [default: the embedded SmolLM2-135M].")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run [default: output/training].")
 @click.option("--eval-data", help="Data to evaluate on; without it a part of DATA is held out.")
+@click.option("--dry-run", is_flag=True, help="Only the checks before the first step; nothing is trained or left.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per step and event, and nothing else.")
 @settings
-def train(data: str | None, model: str | None, output: Path | None, eval_data: str | None, **given: Any) -> None:
+def train(
+    data: str | None, model: str | None, output: Path | None, eval_data: str | None, dry_run: bool, as_json: bool,
+    **given: Any,
+) -> None:  # fmt: skip
     """Fine-tune a model on DATA (file, folder, glob or hub id); without DATA on built-in examples."""
     from llamahome.training.signals import StopSignal
 
@@ -53,24 +59,29 @@ def train(data: str | None, model: str | None, output: Path | None, eval_data: s
         paths = {"data.path": data, "data.eval_path": eval_data, "model.name": model, "training.output": output}
         values: dict[str, object] = {key: str(value) for key, value in paths.items() if value is not None}
         config = load_config(given, values)
-        hooks = {}
+        hooks: dict[str, Any] = {}
         if config.data.path is None:
             from llamahome.training.demo import demo_config, talk
 
             config = demo_config(config, given["overrides"], own_settings=given["config_file"] is not None)
-            hooks = {"before": talk("before", print_line), "after": talk("after", print_line)}
+            say = print_error if as_json else print_line
+            hooks = {"before": talk("before", say), "after": talk("after", say)}
+        if dry_run:
+            _try_only(config, as_json)
+            return
         if config.training.retries:
             words = [*sys.argv[1:], "--output", str(config.training.output)]
             _supervise(words, given, config, Path(config.training.output))
         from llamahome.training.run import train as run_training
 
-        _finish(run_training(config, view=_view(config), signals=signals, **hooks))
+        _finish(run_training(config, view=_view(config, as_json), signals=signals, **hooks), as_json)
 
 
 @cli.command("train-resume")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per step and event, and nothing else.")
 @settings
-def train_resume(checkpoint: Path, **given: Any) -> None:
+def train_resume(checkpoint: Path, as_json: bool, **given: Any) -> None:
     """Go on from CHECKPOINT: a checkpoint-N folder, or a run folder (its newest good one)."""
     from llamahome.training.signals import StopSignal
 
@@ -82,7 +93,7 @@ def train_resume(checkpoint: Path, **given: Any) -> None:
         config = resumed_config(checkpoint, *asked)
         if config.training.retries:
             _supervise(sys.argv[1:], given, config, run_of(checkpoint))
-        _finish(resume(checkpoint, *asked, view=_view, signals=signals))
+        _finish(resume(checkpoint, *asked, view=lambda config: _view(config, as_json), signals=signals), as_json)
 
 
 @cli.command("train-eval")
@@ -183,15 +194,26 @@ def _run() -> int:
         return _fail(f"out of memory: {str(error).strip() or type(error).__name__}; close other programs", 5)
 
 
-def _view(config: Config) -> Any:
-    from llamahome.monitor.progress import build_progress
+def _view(config: Config, as_json: bool) -> Any:
+    from llamahome.monitor.progress import JsonProgress, build_progress
 
-    return build_progress(interval=config.monitor.interval)
+    return JsonProgress(sys.stdout) if as_json else build_progress(interval=config.monitor.interval)
 
 
-def _finish(result: Any) -> None:
+def _finish(result: Any, as_json: bool) -> None:
+    if as_json:
+        print_line(json.dumps(result.to_dict()))
+        return
     for line in result.summary():
         print_line(line)
+
+
+def _try_only(config: Config, as_json: bool) -> None:
+    from llamahome.training.preflight import dry_run
+
+    found = dry_run(config)
+    words = [word for word in sys.argv[1:] if word != "--dry-run"]
+    print_line(json.dumps(found) if as_json else f"all of it works; train with: {shlex.join(['llamahome', *words])}")
 
 
 def _supervise(words: list[str], given: dict[str, Any], config: Config, run: Path) -> None:

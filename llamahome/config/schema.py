@@ -153,6 +153,10 @@ class OptimizationSettings(Section):
         default="stop",
         description="A loss or gradient that is not finite: stop, skip the step, or go back to a checkpoint.",
     )
+    spike_factor: Annotated[float, Field(gt=1)] | None = Field(
+        default=None,
+        description="A loss of so many times the median of the last 64 goes back to a checkpoint; null never does.",
+    )
     min_lr_ratio: float = Field(
         default=0.0, ge=0, le=1, description="Lowest learning rate as a share of learning_rate."
     )
@@ -289,5 +293,16 @@ class ModelSettings(Section):
 
 class DistributedSettings(Section):
     """Training on several devices."""
+
+    strategy: Literal["auto", "replicate", "shard"] = Field(
+        default="auto",
+        description="The whole model on every rank, or its parts shared out (FSDP2); auto chooses by the plan.",
+    )
+    timeout: Annotated[float, Field(ge=1)] = Field(
+        default=600.0, description="Seconds without progress after which a rank counts as hung and all are restarted."
+    )
+    reshard: bool = Field(
+        default=True, description="Under shard, free a layer after its forward pass and gather it again for backward."
+    )
 
     replicas: Count = Field(default=1, description="Groups of devices that each hold a whole copy of the model.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llamahome.errors import ConfigError, ModelError
 from llamahome.model.checks import Header, model_fingerprint, read_header, read_json, weight_files
 from llamahome.model.load import source_of
+from llamahome.model.quantize import NF4
 from llamahome.model.quiet import quiet_transformers
 from llamahome.model.source import ADAPTER_CONFIG, ModelSource, resolve_model
 
@@ -34,7 +35,7 @@ def apply_adapter(model: Any, config: Config) -> Any:
     method = config.training.method
     if method == "full":
         return model.requires_grad_(True)
-    if method != "lora":
+    if method not in ("lora", "qlora"):
         raise ConfigError(f"the method {method!r} is not available", where="training.method", fix="use lora or full")
     with quiet_transformers():
         from peft import LoraConfig, get_peft_model
@@ -174,6 +175,12 @@ def attach_adapter(model: Any, folder: Path) -> PeftModel:
         raise ModelError(f"does not fit the model: {error}", where=str(path), fix="name its base model") from error
     read_adapter(adapted, folder)
     return adapted.requires_grad_(False).eval()
+
+
+def base_is_quantized(folder: Path) -> bool:
+    """Whether the adapter in `folder` was trained on a base in 4 bits, as its record says."""
+    record = folder / BASE_RECORD
+    return record.exists() and read_json(record).get("base_weights") == NF4
 
 
 def base_source(folder: Path, settings: ModelSettings, cache_dir: str | Path | None = None) -> ModelSource:

@@ -13,6 +13,7 @@ from llamahome.files import publish_folder, write_json
 from llamahome.model.adapters import BASE_RECORD, adapter_state, read_adapter
 from llamahome.model.checks import model_fingerprint, read_json
 from llamahome.model.load import load_model, load_trained, source_of
+from llamahome.model.quantize import NF4, quantized_layers
 from llamahome.model.quiet import quiet_transformers
 from llamahome.model.source import ModelSource, is_adapter
 
@@ -56,10 +57,15 @@ class MergeReport:
 def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write into an existing folder: PEFT's layout for an adapter, else transformers', and the tokenizer."""
     if hasattr(model, "peft_config"):
-        _write_adapter(model, folder)
+        write_adapter(model, folder)
     else:
         with quiet_transformers():
             model.save_pretrained(folder)
+    write_tokenizer(tokenizer, folder)
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """The tokenizer's files, into an existing folder."""
     if getattr(tokenizer, "is_fast", False):  # else the last call's truncation is saved for every later user
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
@@ -72,17 +78,21 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
         write_model(model, tokenizer, temporary)
 
 
-def _write_adapter(model: Any, folder: Path) -> None:
+def write_adapter(model: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """The adapter in PEFT's layout; `weights` stand in for the model's, where a rank has only parts of them."""
     # Not PEFT's save_pretrained: it writes a model card and may ask the hub.
     from safetensors.torch import save_file
 
     settings = copy.copy(model.peft_config["default"])
     settings.inference_mode = True
     settings.save_pretrained(folder)
-    save_file(adapter_state(model), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(weights or adapter_state(model), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     if (source := source_of(model)) is not None:
         fingerprint = model_fingerprint(source.folder)
-        write_json(folder / BASE_RECORD, {"base_model": source.name, "base_fingerprint": fingerprint})
+        record = {"base_model": source.name, "base_fingerprint": fingerprint}
+        if any(quantized_layers(model)):
+            record["base_weights"] = NF4
+        write_json(folder / BASE_RECORD, record)
 
 
 def read_weights(model: Any, folder: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llamahome.errors import ConfigError, MissingError, ModelError
 from llamahome.memory.oom import is_oom
@@ -15,6 +17,7 @@ from llamahome.model.checks import (
     check_model_folder,
     check_no_code,
     model_fingerprint,
+    read_header,
     read_json,
     weight_files,
 )
@@ -88,9 +91,12 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]
 
 
 def load_model(
-    source: ModelSource, *, dtype: torch.dtype, device: str | torch.device, attention: str
+    source: ModelSource, *, dtype: torch.dtype, device: str | torch.device, attention: str, nf4: bool = False
 ) -> PreTrainedModel:
     """The causal language model in evaluation mode; weights of the same dtype stay mapped from the file.
+
+    nf4: its linear layers in 4 bits, quantised one after the other as the file is read; `dtype` is then the type that
+    they are unpacked to.
 
     Raises: ModelError for files that are missing, damaged, or do not fit config.json key by key; MissingError when the
     attention implementation needs a package; what an out-of-memory raises is let through.
@@ -98,6 +104,10 @@ def load_model(
     if is_adapter(source.folder):
         raise ModelError("an adapter, not a whole model", where=str(source.folder), fix="name its base model")
     check_model_folder(source.folder, trust_remote_code=source.trust_remote_code, allow_pickle=source.allow_pickle)
+    if nf4:
+        from llamahome.model.quantize import check_nf4, quantize_model
+
+        check_nf4(device)
     if attention == "llamahome":
         from llamahome.model.attention import register
 
@@ -105,11 +115,30 @@ def load_model(
     # First without memory: a wrong config.json may ask for any amount of it.
     _, info = _from_pretrained(source, dtype=dtype, device_map="meta", attn_implementation=attention)
     check_loaded_keys(info, source.folder)
-    place = {} if str(device) == "cpu" else {"device_map": {"": device}}
-    model, _ = _from_pretrained(source, dtype=dtype, attn_implementation=attention, **place)
+    if nf4:
+        # In the type of the file, so that nothing is read before its turn.
+        model, _ = _from_pretrained(source, dtype=stored_dtype(source.folder), attn_implementation=attention)
+        model = quantize_model(model, dtype=dtype, device=device)
+        model.config.dtype = dtype
+    else:
+        place = {} if str(device) == "cpu" else {"device_map": {"": device}}
+        model, _ = _from_pretrained(source, dtype=dtype, attn_implementation=attention, **place)
     model.name_or_path = model.config._name_or_path = source.reference
     setattr(model, _MARK, source)
     return model
+
+
+def stored_dtype(folder: Path) -> torch.dtype | Literal["auto"]:
+    """The type of most weights in the folder's safetensors files; "auto" for other files."""
+    names: Counter[str] = Counter()
+    for path in weight_files(folder, allow_pickle=True):
+        if path.suffix == ".safetensors":
+            for kind, shape in read_header(path).values():
+                names[kind] += math.prod(shape)
+    import torch
+
+    known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return known.get(names.most_common(1)[0][0], "auto") if names else "auto"
 
 
 def source_of(model: Any) -> ModelSource | None:
@@ -150,9 +179,10 @@ def load_trained(
     """A model or an adapter on its base, whatever `path` holds, and its tokenizer.
 
     The base is the folder or hub id that adapter_config.json names, else what LlamaHome recorded at saving;
-    `settings.name` goes before both. Raises: ModelError, also for an adapter that was trained on another base.
+    `settings.name` goes before both. A base that was in 4 bits in training is so again; `dtype` is what they are
+    unpacked to. Raises: ModelError, also for an adapter that was trained on another base; MissingError.
     """
-    from llamahome.model.adapters import attach_adapter, base_source
+    from llamahome.model.adapters import attach_adapter, base_is_quantized, base_source
 
     folder = Path(path).expanduser()
     if not is_adapter(folder):
@@ -161,7 +191,8 @@ def load_trained(
             return load_model(source, dtype=dtype, device=device, attention=attention), load_tokenizer(source)
         folder = source.folder  # an adapter on the hub
     source = base_source(folder, settings, cache_dir)
-    model = attach_adapter(load_model(source, dtype=dtype, device=device, attention=attention), folder)
+    base = load_model(source, dtype=dtype, device=device, attention=attention, nf4=base_is_quantized(folder))
+    model = attach_adapter(base, folder)
     return model, load_tokenizer(replace(source, tokenizer=folder) if has_tokenizer(folder) else source)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 import time
@@ -96,14 +97,35 @@ class PlainProgress:
             self._print(clean(summary))
 
     def _print(self, line: str) -> None:
-        if self._stream is None:
-            return
-        try:
-            self._stream.write(_encodable(line, self._stream) + "\n")
-            self._stream.flush()
-        except (OSError, ValueError):  # the reader has gone, the disk is full, or the stream is closed
-            _silence(self._stream)
-            self._stream = None
+        self._stream = _write_line(self._stream, line)
+
+
+class JsonProgress:
+    """One JSON object per step and event in a line of its own, with the fields of metrics.jsonl."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+
+    def start(self, total_steps: int, step: int = 0) -> None:
+        self._print({"event": "start", "step": step, "total_steps": total_steps})
+
+    def step(self, record: Record) -> None:
+        self._print(record)
+
+    def event(self, event: Record) -> None:
+        self._print(event)
+
+    def evaluation(self, record: Record) -> None:
+        if "event" in record:  # else it has come with its step
+            self._print(record)
+
+    def finish(self, summary: str = "") -> None:
+        return
+
+    def _print(self, record: Record) -> None:
+        from llamahome.monitor.sinks import plain
+
+        self._stream = _write_line(self._stream, json.dumps(plain(record)))
 
 
 class LiveProgress:
@@ -225,6 +247,19 @@ def clean(text: str, keep: str = "") -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _write_line(stream: TextIO | None, line: str) -> TextIO | None:
+    """Write and flush; returns the stream, or None when nobody reads it any more."""
+    if stream is None:
+        return None
+    try:
+        stream.write(_encodable(line, stream) + "\n")
+        stream.flush()
+    except (OSError, ValueError):  # the reader has gone, the disk is full, or the stream is closed
+        _silence(stream)
+        return None
+    return stream
 
 
 def _encodable(line: str, stream: IO[str]) -> str:

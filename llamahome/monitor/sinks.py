@@ -64,6 +64,21 @@ class JsonlSink:
     def event(self, event: Mapping[str, Any], /) -> None:
         self.write(event)
 
+    def sync(self) -> None:
+        """What was written is on disk afterwards, as far as the disk allows it."""
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            logger.warning("%s may not be on disk: %s", self.path, error.strerror or error)
+
+    def go_back(self, step: int) -> None:
+        """Drop what came after `step`. Raises: StorageError."""
+        self.truncate_after(self.path, step)
+        with storage_errors(self.path):
+            renewed = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            os.dup2(renewed, self._file, inheritable=False)
+            os.close(renewed)
+
     def close(self) -> None:
         if self._file >= 0:
             os.close(self._file)

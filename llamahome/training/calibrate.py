@@ -40,7 +40,7 @@ def calibrate(loop: TrainingLoop) -> Iterator[dict[str, Any]]:
         ids = _probe(loop, governor, whole=number > 0)
         tokens = int(loop.batches.store.lengths(ids).sum())
         predicted = governor.predict(tokens)
-        failure = _try(loop, governor, ids)
+        failure = try_micro_batch(loop, ids)
         if failure is not None:
             yield from handler.handle(failure, micro_batch_tokens=tokens, step=0)
             continue
@@ -63,10 +63,11 @@ def _probe(loop: TrainingLoop, governor: MemoryGovernor, *, whole: bool) -> Ids:
     return max(cut, key=lambda ids: int(store.lengths(ids).sum()))
 
 
-def _try(loop: TrainingLoop, governor: MemoryGovernor, ids: Ids) -> Exception | None:
-    """Forward and backward over one micro-batch; what went wrong if memory ran out."""
+def try_micro_batch(loop: TrainingLoop, ids: Ids) -> Exception | None:
+    """Forward and backward over the samples `ids`, no gradient left; what went wrong if memory ran out."""
     seed_step(loop.state.seed, 0)
-    governor.monitor.reset_peak()
+    if loop.governor is not None:
+        loop.governor.monitor.reset_peak()
     trained = max(1, loop.batches.trained_tokens(ids))
     try:
         with without_input_casts(loop.model, loop.precision.lowers):

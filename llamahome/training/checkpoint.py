@@ -51,6 +51,8 @@ class TrainingState:
     model_fingerprint: str = ""
     shuffle: bool = True
     choices: dict[str, Any] = field(default_factory=dict)
+    skipped_samples: list[int] = field(default_factory=list)  # left out since a return to a checkpoint
+    recent_losses: list[float] = field(default_factory=list)  # kept for optimization.spike_factor alone
 
 
 def save_checkpoint(
@@ -213,14 +215,26 @@ def restore(
     from llamahome.model.export import read_weights
 
     read_weights(model, checkpoint)
+    check_optimizer(checkpoint, rest, optimizer)
+    tensors = load_file(checkpoint / "optimizer.safetensors")
+    unpack_optimizer(model, optimizer, tensors, rest["optimizer"]["values"])
+    restore_rest(checkpoint, rest, optimizer, scheduler, scaler)
+
+
+def check_optimizer(checkpoint: Path, rest: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Raises: CheckpointError when the checkpoint's optimizer is of another kind."""
     saved, used = rest["optimizer"]["type"], type(optimizer).__name__
     if saved != used:
         raise CheckpointError(
             f"the optimizer's state is {saved}'s, not {used}'s", where=str(checkpoint),
             fix="resume with the run's optimization.optimizer",
         )  # fmt: skip
-    tensors = load_file(checkpoint / "optimizer.safetensors")
-    unpack_optimizer(model, optimizer, tensors, rest["optimizer"]["values"])
+
+
+def restore_rest(
+    checkpoint: Path, rest: dict[str, Any], optimizer: torch.optim.Optimizer, scheduler: Any, scaler: Any
+) -> None:
+    """Load what is no tensor of model or optimizer: counts, schedule and random state."""
     for group, values in zip(optimizer.param_groups, rest["optimizer"]["groups"], strict=True):
         group.update(values)
     scheduler.last_epoch = rest["scheduler"]["last_epoch"]

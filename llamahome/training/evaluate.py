@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llamahome.data.batch import BatchProcessor
+from llamahome.data.dataset import StepOrder
 from llamahome.data.store import TokenStore
 from llamahome.errors import DataError
 from llamahome.memory.oom import free_memory, is_oom
 from llamahome.model.adapters import without_input_casts
 from llamahome.training.objective import Objective, build_objective, evaluating
 from llamahome.training.precision import Precision, resolve_precision
+from llamahome.training.step import StepBatches
+from llamahome.training.team import SINGLE, Team
 
 if TYPE_CHECKING:
     from llamahome.config import Config
@@ -37,38 +40,46 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_store(
-    objective: Objective, store: TokenStore, *, precision: Precision, token_budget: int, max_samples: int | None = None
-) -> Evaluation:
+    objective: Objective, store: TokenStore, *, precision: Precision, token_budget: int, max_samples: int | None = None,
+    team: Team = SINGLE,
+) -> Evaluation:  # fmt: skip
     """Evaluate on the first `max_samples` samples of a store (all without it), in cuts of `token_budget` tokens.
 
+    Of several ranks in a `team` each takes its share, and all get the figures of all samples.
     A cut that runs out of memory is halved. Raises: DataError when there is no trained token.
     """
     samples = np.arange(min(len(store), max_samples or len(store)), dtype=np.int64)
-    processor = BatchProcessor(store, round_rows=objective.rounds_rows)
+    ranks = team.ranks
+    batches = StepBatches(
+        store, StepOrder(len(store), len(store), 0), BatchProcessor(store, round_rows=objective.rounds_rows),
+        None if objective.packs else 1, rank=ranks.rank, ranks=ranks.size, in_lockstep=team.in_lockstep,
+    )  # fmt: skip
     loss, correct = torch.zeros((), dtype=torch.float64), 0
     model = objective.model
     with evaluating(model), without_input_casts(model, precision.lowers), precision.autocast():
-        for ids in processor.cut(samples, token_budget=token_budget, max_samples=None if objective.packs else 1):
-            part_loss, part_correct = _statistics(objective, processor, ids)
+        for ids in batches.cut(samples, token_budget):
+            part_loss, part_correct = _statistics(objective, batches, ids)
+            team.progress()
             loss += part_loss
             correct += part_correct
     tokens = int(store.trained_counts(samples).sum())
     if not tokens:
         raise DataError("no trained token to evaluate", fix="check the data with: llamahome data check")
-    mean = float(loss) / tokens
-    return Evaluation(mean, math.exp(min(mean, 700.0)), correct / tokens, len(samples), tokens)
+    total, right = ranks.sum([float(loss), correct])
+    mean = total / tokens
+    return Evaluation(mean, math.exp(min(mean, 700.0)), right / tokens, len(samples), tokens)
 
 
-def _statistics(objective: Objective, processor: BatchProcessor, ids: NDArray[np.int64]) -> tuple[Tensor, int]:
+def _statistics(objective: Objective, batches: StepBatches, ids: NDArray[np.int64]) -> tuple[Tensor, int]:
     """Summed loss (fp64) and right tokens of these samples, in halves where memory runs out for all of them."""
     try:
-        loss, correct = objective.statistics(processor.build(ids))
+        loss, correct = objective.statistics(batches.build(ids))
         return loss.double().cpu(), int(correct)
     except Exception as error:
-        if len(ids) == 1 or not is_oom(error):
+        if len(ids) <= 1 or not is_oom(error):
             raise
     free_memory()  # outside of the `except`, which keeps the failed call's tensors alive
-    halves = [_statistics(objective, processor, half) for half in np.array_split(ids, 2)]
+    halves = [_statistics(objective, batches, half) for half in np.array_split(ids, 2)]
     return halves[0][0] + halves[1][0], halves[0][1] + halves[1][1]
 
 

@@ -32,12 +32,18 @@ class LossFunction(Protocol):
     ) -> Tensor: ...  # fmt: skip
 
 
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
 @dataclass(frozen=True)
 class Objective:
     """A causal language model seen as decoder, output projection and loss."""
 
     model: Any
     loss: LossFunction = kernels.linear_cross_entropy
+    # Runs a function while the parameters it uses are whole; a model that is shared out over ranks brings its own.
+    enter: Callable[..., Any] = _call
 
     @cached_property
     def causal(self) -> Any:
@@ -84,25 +90,37 @@ class Objective:
 
     def __call__(self, batch: MicroBatch) -> Tensor:
         """The summed loss, a scalar in fp32."""
-        hidden, labels = self.trained_hidden(batch)
-        return self.loss(hidden, self.head.weight, labels, reduction="sum", **self.projection)
+        loss: Tensor = self.enter(self._summed, batch)
+        return loss
 
     def statistics(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Summed loss and number of tokens predicted right, without gradients."""
+        found: tuple[Tensor, Tensor] = self.enter(self._statistics, batch)
+        return found
+
+    def _summed(self, batch: MicroBatch) -> Tensor:
+        hidden, labels = self.trained_hidden(batch)
+        return self.loss(hidden, self.head.weight, labels, reduction="sum", **self.projection)
+
+    def _statistics(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         hidden, labels = self.trained_hidden(batch)
         loss, correct = kernels.token_statistics(hidden, self.head.weight, labels, **self.projection)
         return loss, correct
 
 
-def build_objective(model: Any, loss: str | LossFunction = "cross_entropy", *, chunk_rows: int = 0) -> Objective:
+def build_objective(
+    model: Any, loss: str | LossFunction = "cross_entropy", *, chunk_rows: int = 0,
+    enter: Callable[..., Any] | None = None,
+) -> Objective:  # fmt: skip
     """The objective for `model`, proved against the model's own logits on a few tokens.
 
-    `loss` is a function, a name or `module:object`; `chunk_rows` the rows of logits that exist at a time, 0 chooses.
+    `loss` is a function, a name or `module:object`; `chunk_rows` the rows of logits that exist at a time, 0 chooses;
+    `enter` is `shard_model`'s, for a model that is shared out.
     Raises: ModelError when the architecture changes its logits in a way that is not known here.
     """
     known: dict[str, LossFunction] = {"cross_entropy": partial(kernels.linear_cross_entropy, chunk_rows=chunk_rows)}
     found = load_object(loss, key="training.loss", known=known)
-    objective = Objective(model, found if found in known.values() else _guarded(found))
+    objective = Objective(model, found if found in known.values() else _guarded(found), enter or _call)
     _check_projection(objective)
     return objective
 
@@ -157,19 +175,24 @@ def respects_boundaries(objective: Objective, batch_of: Callable[[list[list[int]
     """Whether two samples packed in one row leave each other alone, tried on a few tokens."""
     first, second = [[5, 6, 7, 8, 9], [9, 8, 7, 6]]
     with evaluating(objective.model), torch.no_grad():
-        packed = decode(objective.causal, batch_of([first, second]).to(objective.head.weight.device))
-        alone = decode(objective.causal, batch_of([second]).to(objective.head.weight.device))
+        device = objective.head.weight.device
+        packed = objective.enter(decode, objective.causal, batch_of([first, second]).to(device))
+        alone = objective.enter(decode, objective.causal, batch_of([second]).to(device))
     return bool(torch.allclose(packed[:, len(first) :].float(), alone.float(), rtol=1e-2, atol=1e-2))
 
 
 def _check_projection(objective: Objective) -> None:
     causal, head = objective.causal, objective.head
     ids = torch.arange(5, 9, device=head.weight.device)[None]
-    with evaluating(objective.model), torch.no_grad():
-        theirs = causal(input_ids=ids, use_cache=False).logits[0].float()
+    labels = torch.zeros(4, dtype=torch.int64, device=ids.device)
+
+    def both() -> tuple[Tensor, Tensor]:
         hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        labels = torch.zeros(4, dtype=torch.int64, device=ids.device)
-        ours, _ = kernels.token_statistics(hidden, head.weight, labels, **objective.projection)
+        logits = causal.forward(input_ids=ids, use_cache=False).logits[0].float()
+        return kernels.token_statistics(hidden, head.weight, labels, **objective.projection)[0], logits
+
+    with evaluating(objective.model), torch.no_grad():
+        ours, theirs = objective.enter(both)
     expected = nn.functional.cross_entropy(theirs, labels, reduction="sum")
     if not torch.allclose(ours.float(), expected, rtol=1e-2, atol=1e-2):
         raise ModelError(

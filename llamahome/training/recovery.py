@@ -16,7 +16,8 @@ from llamahome.files import remove_folder, storage_errors
 from llamahome.memory.agree import keep_smaller_budget
 from llamahome.memory.cgroup import oom_kills
 from llamahome.monitor.sinks import METRICS_FILE, JsonlSink
-from llamahome.training.checkpoint import TrainingState, load_state, newest_good, set_aside_after
+from llamahome.training.checkpoint import TrainingState, load_state, newest_good, restore, set_aside_after
+from llamahome.training.loop import TrainingLoop
 from llamahome.training.rundir import STATUS_FILE, read_run
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,19 @@ def _clear(run: Path, pid: int) -> None:
     if ours:
         with storage_errors(run):
             remove_folder(run / "best")
+
+
+def rewind(run: Path, loop: TrainingLoop) -> None:
+    """Bring `loop` back to the run's newest good checkpoint: weights, optimizer, schedule, random state, position.
+
+    Raises: CheckpointError when there is none.
+    """
+    found = newest_good(run)
+    state, rest = load_state(found)
+    loop.optimizer.zero_grad(set_to_none=True)
+    loop.optimizer.state.clear()  # at step 0 it had none
+    restore(found, rest, loop.model, loop.optimizer, loop.scheduler, loop.scaler)
+    loop.go_back(state)
 
 
 def resumed_state(checkpoint: Path, data_fingerprint: str, model_fingerprint: str) -> TrainingState:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -13,22 +14,23 @@ from typing import Any
 from llamahome.config import Config, parse_size
 from llamahome.errors import Interrupted, LlamaHomeError, MemoryLimitError, StorageError
 from llamahome.memory.gpu import trim_gpu_cache
-from llamahome.memory.oom import is_oom
-from llamahome.model.export import save_model
+from llamahome.memory.oom import free_memory, is_oom, twice
 from llamahome.monitor.metrics import StepRecord
 from llamahome.monitor.progress import Progress
 from llamahome.monitor.report import write_report
-from llamahome.monitor.sinks import MetricSink, build_sinks
+from llamahome.monitor.sinks import JsonlSink, MetricSink, build_sinks
 from llamahome.monitor.trackers import require_trackers
 from llamahome.training import checkpoint as checkpoints
-from llamahome.training.calibrate import calibrate
 from llamahome.training.callbacks import Callback, call_all, load_callbacks
 from llamahome.training.checkpoint import TrainingState
 from llamahome.training.evaluate import Evaluation, evaluate_store
 from llamahome.training.extensions import Extensions
 from llamahome.training.loop import TrainingLoop
-from llamahome.training.recovery import ResourceRecovery
+from llamahome.training.parallel import Place, explained, open_place
+from llamahome.training.preflight import preflight
+from llamahome.training.recovery import rewind
 from llamahome.training.rundir import RunFolder, State, read_run
+from llamahome.training.saving import export, save
 from llamahome.training.setup import Assembled, assemble
 from llamahome.training.signals import StopSignal
 
@@ -56,6 +58,10 @@ class RunResult:
         lines.append(f"talk to it: llamahome chat {quote(str(self.output))}")
         return lines
 
+    def to_dict(self) -> dict[str, Any]:
+        """The same for a machine: the last line of `train --json`."""
+        return {"event": "done", **asdict(self), "output": str(self.output)}
+
 
 @dataclass
 class Run:
@@ -63,6 +69,7 @@ class Run:
 
     config: Config
     folder: RunFolder
+    place: Place
     parts: Assembled
     loop: TrainingLoop
     sinks: list[MetricSink]
@@ -87,8 +94,9 @@ def train(
     called with the model and its tokenizer.
     Raises: any LlamaHomeError; Interrupted after a signal, the state saved.
     """
-    with RunFolder(Path(config.training.output), fresh=True) as folder:
-        return _guarded(config, own or Extensions(), folder, None, view, signals or StopSignal(), before, after)
+    with open_place(config, Path(config.training.output)) as place:
+        shown = view if place.ranks.is_main else None
+        return _guarded(config, own or Extensions(), place, shown, signals or StopSignal(), before, after)
 
 
 def resume(
@@ -103,10 +111,9 @@ def resume(
     config = resumed_config(checkpoint, overrides, config_file)
     own = own or Extensions()
     own.refuse_less_than(read_run(checkpoints.run_of(checkpoint)).get("extensions", {}))
-    with RunFolder(checkpoints.run_of(checkpoint), fresh=False) as folder:
-        recovery = ResourceRecovery(checkpoint)
-        shown = view(config) if view else None
-        return _guarded(config, own, folder, recovery, shown, signals or StopSignal(), None, None)
+    with open_place(config, checkpoints.run_of(checkpoint), checkpoint) as place:
+        shown = view(config) if view and place.ranks.is_main else None
+        return _guarded(config, own, place, shown, signals or StopSignal(), None, None)
 
 
 def resumed_config(checkpoint: Path, overrides: Sequence[str] = (), config_file: Path | None = None) -> Config:
@@ -115,15 +122,16 @@ def resumed_config(checkpoint: Path, overrides: Sequence[str] = (), config_file:
 
 
 def _guarded(
-    config: Config, own: Extensions, folder: RunFolder, recovery: ResourceRecovery | None, view: Progress | None,
-    signals: StopSignal, before: Callable[[Any, Any], None] | None, after: Callable[[Any, Any], None] | None,
+    config: Config, own: Extensions, place: Place, view: Progress | None, signals: StopSignal,
+    before: Callable[[Any, Any], None] | None, after: Callable[[Any, Any], None] | None,
 ) -> RunResult:  # fmt: skip
     """The run, with its end written to status.json whatever happens."""
+    folder, recovery = place.folder, place.recovery
     step = recovery.step if recovery else 0
     folder.write_status("running", None, "starting", step, resumable=recovery is not None)
     run = None
     try:
-        run = _open(config, own, folder, recovery, view)
+        run = _open(config, own, place, view)
         if before:
             before(run.parts.model, run.parts.tokenizer)
         _go(run, signals)
@@ -132,6 +140,7 @@ def _guarded(
         folder.write_status("done", 0, "finished", run.state.step, resumable=False)
         return RunResult(folder.path, run.state.step, run.before, run.after, run.state.best_step)
     except BaseException as error:
+        error = explained(error, place, run.loop if run else None)
         if is_oom(error):
             error = MemoryLimitError(
                 f"out of memory: {str(error).strip() or type(error).__name__}", where="training.memory_limit",
@@ -151,19 +160,22 @@ def _guarded(
             _close(run)
 
 
-def _open(
-    config: Config, own: Extensions, folder: RunFolder, recovery: ResourceRecovery | None, view: Progress | None
-) -> Run:
+def _open(config: Config, own: Extensions, place: Place, view: Progress | None) -> Run:
     """Everything a run needs, ready for its first step."""
+    folder, recovery, ranks = place.folder, place.recovery, place.ranks
     found = recovery.checkpoint if recovery else None
     require_trackers(config.monitor.sinks)
-    parts = assemble(config, folder, found, own)
+    with place.patient():
+        parts = assemble(config, folder, found, own, ranks=ranks, progress=place.progress)
     if recovery:
         recovery.recover()
-    sinks = build_sinks([*config.monitor.sinks, *own.sinks], folder.path, config.to_dict())
+    sinks = []
+    if ranks.is_main:
+        sinks = build_sinks([*config.monitor.sinks, *own.sinks], folder.path, config.to_dict())
     callbacks = load_callbacks([*config.training.callbacks, *own.callbacks])
-    run = Run(config, folder, parts, parts.loop, sinks, view, callbacks)
+    run = Run(config, folder, place, parts, parts.loop, sinks, view, callbacks)
     parts.loop.on_event = lambda event: _event(run, event)
+    parts.loop.faults.rewind = lambda: _rewind(run)
     folder.write_run(config.to_dict(), {**parts.facts, "extensions": own.names()})
     if view:
         view.start(parts.loop.state.total_steps, parts.loop.state.step)
@@ -177,21 +189,26 @@ def _go(run: Run, signals: StopSignal) -> None:
     """The loop with evaluations, checkpoints and callbacks, to the last step or a reason to stop."""
     config, state = run.config.training, run.state
     _stop_here(run, signals)
+    if not run.place.ranks.several:
+        for event in preflight(run.config, run.parts, run.folder):
+            _event(run, event)
+    _forget_peak(run)
+    _stop_here(run, signals)
     call_all(run.callbacks, "train_begin", run.loop, {})
     if state.step == 0 and run.parts.prepared.validation is not None:
         run.before = _evaluate(run)
         _event(run, {"event": "evaluation", "step": 0, **_eval_fields(run.before)})
         _stop_here(run, signals)
     every = config.eval_steps or run.loop.batches.order.steps_per_epoch
-    for event in calibrate(run.loop):
-        _event(run, event)
-    _forget_peak(run)
+    if run.loop.faults.may_rewind and not checkpoints.checkpoints(run.folder.path):
+        _save(run)  # something to go back to
     for record in run.loop:
         last = state.step == state.total_steps
         wants_stop = call_all(run.callbacks, "step", run.loop, record)
         if run.parts.prepared.validation is not None and (state.step % every == 0 or last):
             wants_stop |= _evaluated(run, record)
         _record(run, record)
+        wants_stop = _agree(run, signals, wants_stop)
         if signals.stop is not None or wants_stop:
             run.loop.stop()
         if state.step % config.save_steps == 0 or last or signals.save or signals.stop is not None or wants_stop:
@@ -199,12 +216,27 @@ def _go(run: Run, signals: StopSignal) -> None:
             _save(run)
         if not last:
             _stop_here(run, signals)
-    save_model(run.parts.model, run.parts.tokenizer, run.folder.path / "final")
+    _export(run, "final")
     call_all(run.callbacks, "train_end", run.loop, {})
+
+
+def _agree(run: Run, signals: StopSignal, wants_stop: bool) -> bool:
+    """Let a signal or a wish to stop of one rank be that of all, after the same step; returns whether one wishes."""
+    if run.place.ranks.several:
+        asked = [float(signals.stop or 0), float(signals.save), float(wants_stop)]
+        stop, save, wish = run.place.ranks.largest(asked)
+        signals.stop, signals.save, wants_stop = int(stop) or None, bool(save), bool(wish)
+    return wants_stop
+
+
+def _export(run: Run, name: str) -> None:
+    with run.place.patient():
+        export(run.parts.model, run.parts.tokenizer, run.folder.path / name, run.loop.team)
 
 
 def _stop_here(run: Run, signals: StopSignal) -> None:
     """Raises: Interrupted when a signal has come, the state saved."""
+    _agree(run, signals, False)
     if signals.stop is not None:
         _save(run)
         _event(run, {"event": "signal", "step": run.state.step, "signal": signals.stop})
@@ -218,13 +250,15 @@ def _evaluate(run: Run) -> Evaluation:
     evaluation = evaluate_store(
         parts.loop.objective, parts.prepared.validation, precision=parts.loop.precision,
         token_budget=parts.loop.governor.token_budget, max_samples=run.config.training.eval_samples,
+        team=parts.loop.team,
     )  # fmt: skip
     _forget_peak(run)
     return evaluation
 
 
 def _forget_peak(run: Run) -> None:
-    """The governor learns from the peaks of steps, not of what ran between them."""
+    """The governor learns from the peaks of steps, not of what ran between them and what the heap kept of it."""
+    free_memory()
     if run.loop.governor is not None:
         run.loop.governor.monitor.reset_peak()
 
@@ -246,7 +280,7 @@ def _evaluated(run: Run, record: StepRecord) -> bool:
     value = record[run.config.training.best_metric]
     if _is_better(value, run.config.training.best_metric, state.best_value, settings.early_stopping_min_delta):
         state.best_value, state.evaluations_without_gain, state.best_step = value, 0, state.step
-        save_model(run.parts.model, run.parts.tokenizer, run.folder.path / "best")
+        _export(run, "best")
     else:
         state.evaluations_without_gain += 1
     patience = settings.early_stopping_patience
@@ -267,12 +301,20 @@ def _save(run: Run) -> None:
     if run.saved_step == run.state.step:
         return
     parts, loop = run.parts, run.loop
-    path = checkpoints.save_checkpoint(
-        run.folder.path, run.state, parts.model, parts.tokenizer, loop.optimizer, loop.scheduler, loop.scaler
-    )
+    for sink in run.sinks:
+        if isinstance(sink, JsonlSink):
+            sink.sync()
+    write = partial(
+        save, run.folder.path, run.state, parts.model, parts.tokenizer, loop.optimizer, loop.scheduler, loop.scaler,
+        loop.team,
+    )  # fmt: skip
+    with run.place.patient():
+        path = write() if loop.team.ranks.several else twice(write)
+    _forget_peak(run)
     run.saved_step = run.state.step
     run.folder.write_status("running", None, f"step {run.state.step} saved", run.state.step, resumable=True)
-    checkpoints.retain(run.folder.path, run.config.training.keep_last)
+    if run.place.ranks.is_main:
+        checkpoints.retain(run.folder.path, run.config.training.keep_last)
     _event(run, {"event": "checkpoint", "step": run.state.step, "path": path.name})
     call_all(run.callbacks, "checkpoint", run.loop, {"path": str(path), "step": run.state.step})
 
@@ -290,6 +332,14 @@ def _record(run: Run, record: StepRecord) -> None:
         _event(run, {"step": run.state.step, **event})
 
 
+def _rewind(run: Run) -> None:
+    """Bring the run back to its newest good checkpoint, and its records too."""
+    rewind(run.folder.path, run.loop)
+    for sink in run.sinks:
+        if isinstance(sink, JsonlSink):
+            sink.go_back(run.state.step)
+
+
 def _event(run: Run, event: dict[str, Any]) -> None:
     for sink in run.sinks:
         sink.event(event)
@@ -305,6 +355,8 @@ def _close(run: Run) -> None:
     if run.view:
         run.view.finish()
     run.parts.prepared.close()
+    if not run.place.ranks.is_main:
+        return
     try:
         write_report([run.folder.path])
     except LlamaHomeError as error:  # the run's end is decided; a full disk must not hide it

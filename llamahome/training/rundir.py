@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +46,7 @@ class RunFolder:
         try:
             with storage_errors(path):
                 if fresh:
-                    self._require_unused()
+                    self._begin_anew()
                 remove_leftovers(self.path, locked=True)
         except BaseException:
             self._lock.close()
@@ -89,7 +91,11 @@ class RunFolder:
                 where=str(self.path), fix="free some space, choose another --output or lower resource.min_free_disk",
             )  # fmt: skip
 
-    def _require_unused(self) -> None:
+    def require_unused(self) -> set[str]:
+        """The names in the folder that a run which ended before its first checkpoint has left.
+
+        Raises: UsageError when there are others.
+        """
         names = {path.name for path in self.path.iterdir() if not is_leftover(path)}
         allowed = _UNFINISHED if STATUS_FILE in names else {".lock"}
         if names - allowed:
@@ -97,7 +103,10 @@ class RunFolder:
                 "the output folder already holds files", where=str(self.path),
                 fix="choose another --output, or continue the run with train-resume",
             )  # fmt: skip
-        for name in names - {".lock", BUDGET_FILE}:  # the smaller cut is for the run that begins anew
+        return names
+
+    def _begin_anew(self) -> None:
+        for name in self.require_unused() - {".lock", BUDGET_FILE}:  # the smaller cut is for the run that begins anew
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -118,6 +127,26 @@ class RunFolder:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
         return file
+
+
+@contextmanager
+def trial_folder(path: Path) -> Iterator[RunFolder]:
+    """The folder of a run that is only tried: checked and locked as a run's is, and afterwards as it was before.
+
+    Raises: UsageError, StorageError.
+    """
+    new = [folder for folder in (path.resolve(), *path.resolve().parents) if not folder.exists()]
+    had_lock = (path / ".lock").exists()
+    try:
+        with RunFolder(path, fresh=False) as folder:
+            folder.require_unused()
+            yield folder
+    finally:
+        if not had_lock:
+            (path / ".lock").unlink(missing_ok=True)
+        for made in new:
+            if made.exists() and not any(made.iterdir()):
+                made.rmdir()
 
 
 def read_run(run: Path) -> dict[str, Any]:

@@ -9,27 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
+from llamahome import __version__
 from llamahome.config import Config, parse_size
 from llamahome.data.batch import BatchProcessor
 from llamahome.data.dataset import StepOrder
 from llamahome.data.prepare import Prepared, prepare
 from llamahome.data.report import unpack_place
 from llamahome.data.store import TokenStore
+from llamahome.distributed.ranks import ALONE, Ranks, require_same
 from llamahome.errors import ConfigError, MissingError, ModelError, UsageError
 from llamahome.memory.flops import training_flops
-from llamahome.memory.governor import MemoryGovernor
-from llamahome.memory.ladder import Rung, climb, rungs
-from llamahome.memory.monitor import MemoryMonitor, format_bytes, resolve_limit
-from llamahome.memory.plan import MemoryPlan, plan_memory
 from llamahome.memory.shape import ModelShape, model_shape
 from llamahome.model import attention
 from llamahome.model.adapters import apply_adapter, enable_checkpointing, trainable_parameters, without_input_casts
 from llamahome.model.checks import check_model_folder
 from llamahome.model.compile import compile_layers
-from llamahome.model.fuse import fuse, knows
+from llamahome.model.fuse import fuse
 from llamahome.model.load import (
     ModelSource,
     load_model,
@@ -41,17 +38,21 @@ from llamahome.model.load import (
 from llamahome.monitor.metrics import MetricsCollector, load_metrics
 from llamahome.monitor.resources import ResourceMonitor
 from llamahome.monitor.tracker import PerformanceTracker, measure_matmul_peak
-from llamahome.training import checkpoint as checkpoints
+from llamahome.training.budget import build_governor
 from llamahome.training.checkpoint import TrainingState
+from llamahome.training.choices import choices
 from llamahome.training.extensions import NOTHING, Extensions
 from llamahome.training.host import keep_freed_memory, set_threads, use_compile_cache
 from llamahome.training.loop import TrainingLoop
 from llamahome.training.objective import Objective, build_objective, flat_row
 from llamahome.training.optim import build_optimizer, build_scheduler
+from llamahome.training.parallel import form_team, per_rank, share_out, stored_dtype
 from llamahome.training.precision import Precision, resolve_precision
 from llamahome.training.recovery import resumed_state
 from llamahome.training.rundir import RunFolder
+from llamahome.training.saving import restore
 from llamahome.training.step import StepBatches
+from llamahome.training.team import SINGLE, Team
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -69,15 +70,19 @@ class Assembled:
     facts: dict[str, Any]
 
 
-def assemble(config: Config, folder: RunFolder, found: Path | None, own: Extensions = NOTHING) -> Assembled:
-    """Build every part of the run in `folder`, at step 0 or as the checkpoint `found` left it.
+def assemble(
+    config: Config, folder: RunFolder, found: Path | None, own: Extensions = NOTHING, *, ranks: Ranks = ALONE,
+    progress: Callable[[], None] = lambda: None,
+) -> Assembled:  # fmt: skip
+    """Build every part of the run in `folder`, at step 0 or as the checkpoint `found` left it, together with all ranks.
 
-    Raises: ConfigError, DataError, ModelError, MemoryLimitError, StorageError, CheckpointError.
+    Raises: ConfigError, DataError, ModelError, MemoryLimitError, StorageError, CheckpointError, DistributedError.
     """
     check_supported(config)
+    config = per_rank(config, ranks)
     metrics = {**load_metrics(config.training.metrics), **own.metrics}
     check_best_metric(config, metrics)
-    device = resolve_device(config)
+    device = resolve_device(config) if ranks.device == "cpu" else torch.device("cuda", ranks.local_rank)
     source = resolve_model(None, config.model, config.cache.dir)
     check_model_folder(source.folder, trust_remote_code=source.trust_remote_code, allow_pickle=source.allow_pickle)
     tokenizer = load_tokenizer(source)
@@ -85,20 +90,35 @@ def assemble(config: Config, folder: RunFolder, found: Path | None, own: Extensi
     shape = model_shape(architecture)
     if (data := own.data or config.data.path) is None:
         raise UsageError("no data to train on", where="data.path", fix="name a file, folder, glob or hub id")
-    prepared = prepare(
-        data, tokenizer, config=config, eval_data=own.eval_data or config.data.eval_path, vocab_size=shape.vocabulary
-    )
-    state = _state(config, prepared, source, found)
+    prepared = ranks.main_first(
+        lambda: prepare(data, tokenizer, config=config, eval_data=own.eval_data or config.data.eval_path,
+                        vocab_size=shape.vocabulary), "prepare the data",
+    )  # fmt: skip
+    state = _state(config, prepared, source, found, ranks.size)
+    require_same(ranks, {
+        "data": state.data_fingerprint, "model": state.model_fingerprint, "version of torch": torch.__version__,
+        "version of llamahome": __version__, "configuration": json.dumps(config.to_dict(), sort_keys=True),
+    })  # fmt: skip
     config = settled(config, state)
     precision = resolve_precision(config, device)
     state.threads = set_threads(config, state.threads)
     allocator = keep_freed_memory()
     use_compile_cache(config)
-    governor = _governor(config, architecture, prepared, state, precision, device)
-    model = load_for_training(config, source, device, precision, checkpointing=governor.plan.gradient_checkpointing)
-    fused = fuse(model).summary() if config.processing.fuse else "none"
-    objective = build_objective(model, own.loss or config.training.loss, chunk_rows=governor.plan.loss_rows)
-    batches = build_batches(config, prepared, state.samples_per_step, objective)
+    team, governor = form_team(
+        config, ranks, progress=progress,
+        build=lambda parts: build_governor(
+            config, architecture, prepared.train, state, precision, device, folder.path, parts
+        ),
+    )  # fmt: skip
+    plan = governor.plan
+    model = load_for_training(
+        config, source, device, precision, checkpointing=plan.gradient_checkpointing,
+        stored=stored_dtype(architecture, torch.float32) if team.strategy == "shard" else None,
+    )  # fmt: skip
+    fused = fuse(model, recompute_mlp=plan.recompute_mlp).summary() if config.processing.fuse else "none"
+    enter = share_out(model, config, team, precision)
+    objective = build_objective(model, own.loss or config.training.loss, chunk_rows=plan.loss_rows, enter=enter)
+    batches = build_batches(config, prepared, state.samples_per_step, objective, team)
     mode = compile_layers(
         objective.causal, config.processing.compile_mode, tokens=_tokens_to_train(prepared, state),
         trial=lambda tokens: _try_once(objective, precision, tokens),
@@ -106,8 +126,8 @@ def assemble(config: Config, folder: RunFolder, found: Path | None, own: Extensi
     state.choices = {
         "processing.precision": precision.name,
         "processing.compile_mode": mode,
-        "processing.gradient_checkpointing": governor.plan.gradient_checkpointing,
-        "processing.loss_chunk": governor.plan.loss_rows,
+        "processing.gradient_checkpointing": "mlp" if plan.recompute_mlp else plan.gradient_checkpointing,
+        "processing.loss_chunk": plan.loss_rows,
     }
     trained = sum(parameter.numel() for _, parameter in trainable_parameters(model))
     optimizer = build_optimizer(model, config.optimization, own.optimizer)
@@ -119,17 +139,18 @@ def assemble(config: Config, folder: RunFolder, found: Path | None, own: Extensi
         model, optimizer, batches, state=state, objective=objective, precision=precision, governor=governor,
         scheduler=build_scheduler(optimizer, config.optimization, state.total_steps, own.scheduler),
         max_grad_norm=config.optimization.max_grad_norm, on_nonfinite=config.optimization.on_nonfinite,
+        spike_factor=config.optimization.spike_factor,
         metrics=MetricsCollector(
             metrics=metrics, memory_limit_bytes=governor.limit_bytes,
             tracker=_tracker(config, shape, trained, precision, state),
             read_memory=lambda: governor.reading, gpu_utilization=resources.gpu_utilization,
         ),
+        team=team,
     )  # fmt: skip
     # Room for two checkpoints: weights and AdamW's two moments in fp32.
     folder.require_free(2 * 12 * trained + parse_size(config.resource.min_free_disk))
     if found is not None:
-        _, rest = checkpoints.load_state(found)
-        checkpoints.restore(found, rest, model, optimizer, loop.scheduler, loop.scaler)
+        restore(found, model, optimizer, loop.scheduler, loop.scaler, team)
     facts = {
         "data_fingerprint": state.data_fingerprint,
         "model_fingerprint": state.model_fingerprint,
@@ -139,6 +160,8 @@ def assemble(config: Config, folder: RunFolder, found: Path | None, own: Extensi
         "attention": objective.causal.config._attn_implementation,
         "compile_mode": mode,
         "threads": state.threads,
+        "ranks": ranks.size,
+        "strategy": team.strategy,
         "allocator": allocator,
         "fused": fused,
         "total_steps": state.total_steps,
@@ -147,11 +170,14 @@ def assemble(config: Config, folder: RunFolder, found: Path | None, own: Extensi
         "memory_plan": governor.plan.at(governor.token_budget).to_dict(),
         "memory_limit_bytes": governor.limit_bytes,
     }
-    _say(facts, config)
+    for line in choices(config, facts):
+        logger.info("%s", line)
     return Assembled(model, tokenizer, loop, prepared, resources, facts)
 
 
-def _state(config: Config, prepared: Prepared, source: ModelSource, found: Path | None) -> TrainingState:
+def _state(
+    config: Config, prepared: Prepared, source: ModelSource, found: Path | None, ranks: int = 1
+) -> TrainingState:
     """Step 0 of this configuration, or the checkpoint's state after a comparison with data and model."""
     data, model = prepared.train.fingerprint, model_fingerprint(source.folder)
     if found is not None:
@@ -169,7 +195,7 @@ def _state(config: Config, prepared: Prepared, source: ModelSource, found: Path 
                 where="optimization.global_batch_size", fix="leave it out; training.batch_size may change",
             )  # fmt: skip
     else:
-        state = TrainingState(samples_per_step=config.global_batch_size(), seed=config.training.seed)
+        state = TrainingState(samples_per_step=config.global_batch_size(ranks), seed=config.training.seed)
         state.data_fingerprint, state.model_fingerprint, state.shuffle = data, model, config.data.shuffle
     steps_per_epoch = -(-len(prepared.train) // state.samples_per_step)
     state.total_steps = config.optimization.max_steps or config.training.epochs * steps_per_epoch
@@ -186,39 +212,6 @@ def settled(config: Config, state: TrainingState) -> Config:
     if stored.get("processing.precision") == "fp32":
         stored |= {"processing.mixed_precision": False}
     return config.with_values(stored) if stored else config
-
-
-def _governor(
-    config: Config, architecture: dict[str, Any], prepared: Prepared, state: TrainingState, precision: Precision,
-    device: torch.device,
-) -> MemoryGovernor:  # fmt: skip
-    """The memory plan, with smaller loss chunks and then activation checkpointing where it does not fit without.
-
-    Raises: MemoryLimitError when nothing fits.
-    """
-    monitor = MemoryMonitor(str(device))
-    limit = resolve_limit(config, str(device), monitor)
-    lengths = prepared.train.lengths()
-    longest = int(lengths.max())
-    step_tokens = max(longest, int(np.sort(lengths)[-state.samples_per_step :].sum()))
-
-    def plan(rung: Rung) -> MemoryPlan:
-        return plan_memory(
-            architecture, method=config.training.method, lora=config.lora, precision=precision.name,
-            max_length=longest, optimizer=config.optimization.optimizer, device=device.type,
-            trained_fraction=prepared.train.num_trained / prepared.train.num_tokens, step_tokens=step_tokens,
-            fused=config.processing.fuse and knows(architecture.get("model_type")), **vars(rung),
-        )  # fmt: skip
-
-    ladder = rungs(
-        model_shape(architecture).vocabulary, loss_chunk=loss_rows(config), device=device.type,
-        checkpointing=config.processing.gradient_checkpointing,
-    )  # fmt: skip
-    chosen = climb(list(ladder), plan, limit_bytes=limit, longest_sample=longest)
-    governor = MemoryGovernor(limit, chosen, monitor, longest_sample=longest, step_tokens=step_tokens)
-    if state.plan:
-        governor.load_state_dict(state.plan)
-    return governor
 
 
 def _try_once(objective: Objective, precision: Precision, tokens: int) -> None:
@@ -247,29 +240,6 @@ def _tracker(
 
 def _tokens_to_train(prepared: Prepared, state: TrainingState) -> int:
     return prepared.train.num_tokens * (state.total_steps - state.step) * state.samples_per_step // len(prepared.train)
-
-
-def loss_rows(config: Config) -> int:
-    """`processing.loss_chunk` as a number; 0 lets the kernel choose."""
-    return 0 if config.processing.loss_chunk == "auto" else int(config.processing.loss_chunk)
-
-
-def _say(facts: dict[str, Any], config: Config) -> None:
-    """The choices that were made, each with the setting that changes it."""
-    logger.info(
-        "%s steps of %s samples (optimization.max_steps, optimization.global_batch_size)",
-        facts["total_steps"], facts["samples_per_step"],
-    )  # fmt: skip
-    logger.info(
-        "%s in %s on %s with %s threads, compile mode %s (training.method, processing.precision, .device, .threads, "
-        ".compile_mode)", config.training.method, facts["precision"], facts["device"], facts["threads"],
-        facts["compile_mode"],
-    )  # fmt: skip
-    logger.info(
-        "%.2f million trained parameters; %s of memory planned, limit %s (training.memory_limit)",
-        facts["trainable_parameters"] / 1e6, format_bytes(facts["memory_plan"]["total"]),
-        format_bytes(facts["memory_limit_bytes"]),
-    )  # fmt: skip
 
 
 def resolve_device(config: Config) -> torch.device:
@@ -302,11 +272,21 @@ def attention_name(config: Config) -> str:
 
 
 def load_for_training(
-    config: Config, source: ModelSource, device: torch.device, precision: Precision, *, checkpointing: bool
-) -> Any:
-    """The base model in the precision of frozen weights (fp32 where they are trained), with its adapter."""
-    dtype = torch.float32 if config.training.method == "full" else precision.frozen
-    model = _with_attention(config, lambda name: load_model(source, dtype=dtype, device=device, attention=name))
+    config: Config, source: ModelSource, device: torch.device, precision: Precision, *, checkpointing: bool,
+    stored: torch.dtype | None = None,
+) -> Any:  # fmt: skip
+    """The base model in the precision of frozen weights (fp32 where they are trained), with its adapter.
+
+    A model that is going to be shared out comes on the CPU, and in its `stored` type where it is trained.
+    """
+    device = device if stored is None else torch.device("cpu")
+    dtype, nf4 = (
+        (stored or torch.float32) if config.training.method == "full" else precision.frozen,
+        config.training.method == "qlora",
+    )
+    model = _with_attention(
+        config, lambda name: load_model(source, dtype=dtype, device=device, attention=name, nf4=nf4)
+    )
     model = apply_adapter(model, config)
     if checkpointing:
         enable_checkpointing(model)
@@ -342,7 +322,9 @@ def prepare_evaluation(data: str | Path, tokenizer: Any, config: Config) -> Toke
     return prepare(data, tokenizer, config=whole).train
 
 
-def build_batches(config: Config, prepared: Prepared, samples_per_step: int, objective: Objective) -> StepBatches:
+def build_batches(
+    config: Config, prepared: Prepared, samples_per_step: int, objective: Objective, team: Team = SINGLE
+) -> StepBatches:
     """The steps' samples and their cut; one sample at a time for a model that mixes packed samples."""
     store = prepared.train
     order = StepOrder(len(store), samples_per_step, seed=config.training.seed, shuffle=config.data.shuffle)
@@ -359,14 +341,13 @@ def build_batches(config: Config, prepared: Prepared, samples_per_step: int, obj
         max_samples,
         place,
         config.training.prefetch_factor,
+        rank=team.ranks.rank,
+        ranks=team.ranks.size,
+        in_lockstep=team.in_lockstep,
     )
 
 
 def check_supported(config: Config) -> None:
     """Raises: ConfigError for settings that this version cannot follow."""
-    if config.training.method in ("qlora", "qat"):
-        raise ConfigError(f"{config.training.method} is not there yet", where="training.method", fix="use lora or full")
-    if config.optimization.on_nonfinite == "rewind":
-        raise ConfigError("rewind is not there yet", where="optimization.on_nonfinite", fix="use stop or skip")
-    if config.distributed.replicas != 1:
-        raise ConfigError("several replicas are not there yet", where="distributed.replicas", fix="leave it at 1")
+    if config.training.method == "qat":
+        raise ConfigError("qat is not there yet", where="training.method", fix="use lora, qlora or full")

@@ -1,0 +1,45 @@
+"""The choices that were made for a run, one in a line, each with the setting that changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llamahome.config import Config
+from llamahome.memory.monitor import format_bytes
+
+_SCHEMAS = {"question": "question/answer", "prompt": "prompt/completion", "instruction": "instruction/input/output"}
+_EMBEDDED = "SmolLM2-135M-Instruct, built in"
+
+
+def choices(config: Config, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Lines for a person; `facts` are those of run.json."""
+    for name, value, settings in _choices(config, facts):
+        yield f"{name:9} {value} ({', '.join(settings)})"
+
+
+def _choices(config: Config, facts: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(name, what was chosen, the settings that change it)."""
+    if schemas := _schemas(facts):
+        yield "schema", f"{schemas}, the {config.data.train_on}'s tokens are trained".replace("the all's", "all"), (
+            "data.fields", "data.train_on")  # fmt: skip
+    yield "model", str(config.model.name or _EMBEDDED), ("--model", "model.name")
+    trained = facts["trainable_parameters"] / 1e6
+    yield "method", f"{config.training.method}, {trained:.2f} million trained parameters", ("training.method",)
+    yield "device", f"{facts['device']}, {facts['threads']} CPU threads", ("processing.device", "processing.threads")
+    yield "precision", str(facts["precision"]), ("processing.precision",)
+    yield "compile", str(facts["compile_mode"]), ("processing.compile_mode",)
+    steps = f"{facts['total_steps']} steps of {facts['samples_per_step']} samples"
+    yield "length", steps, ("optimization.max_steps", "optimization.global_batch_size")
+    plan = facts["memory_plan"]
+    limit = format_bytes(facts["memory_limit_bytes"])
+    yield "memory", f"limit {limit}, {format_bytes(plan['total'])} planned", ("training.memory_limit",)
+    again = ", activations computed again" if plan.get("gradient_checkpointing") else ""
+    yield "cut", f"micro-batches of up to {plan['micro_batch_tokens']:,} tokens{again}", ("training.batch_size",)
+
+
+def _schemas(facts: Mapping[str, Any]) -> str:
+    """The schemas that the data have, by the names of their fields."""
+    data = facts.get("data")
+    found = dict.fromkeys(data["schemas"].values()) if isinstance(data, dict) else ()
+    return ", ".join(_SCHEMAS.get(name, name) for name in found)
