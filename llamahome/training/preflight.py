@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from llamahome.data.prepare import show_trained
 from llamahome.errors import MemoryLimitError, StorageError
 from llamahome.files import remove_folder
 from llamahome.memory.monitor import format_bytes
+from llamahome.memory.oom import OOMHandler, free_memory
 from llamahome.model.adapters import adapter_state
 from llamahome.monitor.progress import duration
 from llamahome.training import checkpoint as checkpoints
@@ -38,8 +39,8 @@ def preflight(config: Config, parts: Assembled, folder: RunFolder) -> Iterator[d
     """Try what the run is going to do, and say how it went; yields the events, the last one called `preflight`.
 
     A checkpoint is saved into the run's folder, read back, compared bit by bit and deleted; the disk must hold those
-    that the run keeps; the longest sample goes through the model once. Costs one checkpoint and a few samples, and
-    changes nothing: the steps have the same bits as without.
+    that the run keeps; the longest sample goes through the model. Costs one checkpoint, the longest sample and at most
+    two seconds more, and changes nothing: the steps have the same bits as without, unless memory ran out here.
 
     Raises: StorageError, MemoryLimitError.
     """
@@ -50,7 +51,7 @@ def preflight(config: Config, parts: Assembled, folder: RunFolder) -> Iterator[d
         found |= _checkpoint(config, parts, folder)
     if not parts.loop.state.step:
         yield from calibrate(parts.loop)
-        found |= _longest(parts)
+        found |= yield from _longest(parts)
     found["seconds"] = time.perf_counter() - began
     logger.info("preflight done in %.1f s", found["seconds"])
     yield found
@@ -147,42 +148,62 @@ def _disk_bytes(config: Config, loop: TrainingLoop, saved: int) -> int:
     return (min(config.training.keep_last, max(1, saves)) + 1) * (saved + state * fresh) + 2 * saved
 
 
-def _longest(parts: Assembled) -> dict[str, Any]:
-    """The longest sample forward and backward, and from its time (or a whole micro-batch's) that of the run."""
+def _longest(parts: Assembled) -> Generator[dict[str, Any], None, dict[str, Any]]:
+    """The longest sample forward and backward, and from its time (or a whole micro-batch's) that of the run.
+
+    Yields the events of a cut made smaller. Raises: MemoryLimitError when the longest sample alone does not fit.
+    """
     loop = parts.loop
-    store, order = loop.batches.store, loop.batches.order
-    lengths = store.lengths()
-    longest = np.array([int(lengths.argmax())])
-    tokens = int(lengths.max())
-    place = loop.batches.place(int(longest[0]))
-    timed, seconds = tokens, _timed(loop, longest, place)
-    if seconds < _CHEAP:  # the first pass pays for what later ones do not
-        seconds = min(seconds, _timed(loop, longest, place))
-    budget = loop.governor.token_budget if loop.governor is not None else None
-    batch = max(loop.batches.cut(order.samples(0), budget), key=lambda ids: int(lengths[ids].sum()))
-    whole = int(lengths[batch].sum())
-    if whole > tokens and seconds * whole / tokens < _CHEAP:
-        timed, seconds = whole, _timed(loop, batch, "a micro-batch of the first step")
-    steps = loop.state.total_steps - loop.state.step
-    left = seconds / timed * float(lengths.mean()) * loop.state.samples_per_step * steps
-    logger.info("longest sample: %s tokens went through forward and backward", f"{tokens:,}")
-    logger.info("about %s for %d steps, without evaluations (%.0f tokens a second)", duration(left), steps,
-                timed / seconds)  # fmt: skip
-    return {"longest_tokens": tokens, "seconds_left": left, "tokens_per_second": timed / seconds}
-
-
-def _timed(loop: TrainingLoop, ids: Ids, name: str) -> float:
-    """Seconds of a forward and backward. Raises: MemoryLimitError when it runs out of memory."""
-    began = time.perf_counter()
-    failure = try_micro_batch(loop, ids)
+    lengths = loop.batches.store.lengths()
+    longest, tokens = np.array([int(lengths.argmax())]), int(lengths.max())
+    seconds, failure = _timed(loop, longest)
+    if failure is not None:
+        free_memory()
+        seconds, failure = _timed(loop, longest)
     if failure is not None:
         raise MemoryLimitError(
-            f"out of memory with {int(loop.batches.store.lengths(ids).sum())} tokens: {failure}", where=name,
+            f"out of memory with the longest sample alone, {tokens:,} tokens: {failure}",
+            where=loop.batches.place(int(longest[0])),
             fix="lower data.max_length, or set processing.gradient_checkpointing: true",
         ) from failure  # fmt: skip
-    if loop.precision.device == "cuda":
+    logger.info("longest sample: %s tokens went through forward and backward", f"{tokens:,}")
+    speed = yield from _speed(loop, longest, tokens / seconds)
+    steps = loop.state.total_steps - loop.state.step
+    left = float(lengths.mean()) * loop.state.samples_per_step * steps / speed
+    logger.info("about %s for %d steps, without evaluations (%.0f tokens a second)", duration(left), steps, speed)
+    return {"longest_tokens": tokens, "seconds_left": left, "tokens_per_second": speed}
+
+
+def _speed(loop: TrainingLoop, longest: Ids, first: float) -> Generator[dict[str, Any], None, float]:
+    """Tokens a second of a whole micro-batch, or of the longest sample once more, where seconds are enough for it.
+
+    `first` is the speed of the first pass, which pays for what later ones do not. A micro-batch that runs out of
+    memory makes the cut smaller, as in a step, and ends no run.
+    """
+    lengths, governor = loop.batches.store.lengths, loop.governor
+    budget = governor.token_budget if governor is not None else None
+    cut = loop.batches.cut(loop.batches.order.samples(0), budget)
+    tried = max([longest, *cut], key=lambda ids: int(lengths(ids).sum()))
+    if lengths(tried).sum() / first > _CHEAP:
+        tried = longest
+    tokens = int(lengths(tried).sum())
+    if tokens / first > _CHEAP:
+        return first
+    seconds, failure = _timed(loop, tried)
+    if failure is None:
+        return max(first, tokens / seconds)
+    if governor is not None:
+        yield from OOMHandler(governor).handle(failure, micro_batch_tokens=tokens, step=loop.state.step)
+    return first
+
+
+def _timed(loop: TrainingLoop, ids: Ids) -> tuple[float, Exception | None]:
+    """Seconds of a forward and backward; and what went wrong if memory ran out."""
+    began = time.perf_counter()
+    failure = try_micro_batch(loop, ids)
+    if loop.precision.device == "cuda" and failure is None:
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, failure
 
 
 def _several_ranks() -> bool:

@@ -34,6 +34,7 @@ def damaged(change: Callable[[Path], None]) -> Callable[..., Path]:
     def save(run: Path, state: Any, *parts: Any) -> Path:
         path = save_checkpoint(run, state, *parts)
         change(path)
+        (path / "manifest.json").unlink()  # the new one lists what is there
         write_manifest(path, state.step)
         return path
 
@@ -110,10 +111,28 @@ def test_a_disk_that_is_too_small_is_named_before_the_first_step(
 def test_a_longest_sample_that_does_not_fit_is_named_by_its_line(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "try_micro_batch", lambda *_: RuntimeError("DefaultCPUAllocator: can't allocate"))
-    with pytest.raises(MemoryLimitError, match="out of memory with") as fault:
+    monkeypatch.setattr(module, "try_micro_batch", lambda *_: RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    with pytest.raises(MemoryLimitError, match="out of memory with the longest sample alone") as fault:
         dry_run(config(settings))
     assert fault.value.where.startswith(f"{settings['data.path']}:")
+
+
+def test_a_lack_of_memory_that_passes_ends_no_run(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = iter([RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+    monkeypatch.setattr(module, "try_micro_batch", lambda *_: next(failures, None))
+    assert dry_run(config(settings))["longest_tokens"] > 0
+
+
+def test_a_micro_batch_that_does_not_fit_makes_the_cut_smaller(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(module, "try_micro_batch", lambda _, ids: full if len(ids) > 1 else None)
+    output = train(config(settings)).output
+    events = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    names = [event["event"] for event in events if "event" in event]
+    assert names[names.index("oom") + 1] == "cut_changed"
+    assert names.index("cut_changed") < names.index("preflight")
 
 
 @pytest.mark.parametrize("before", [(), ("deep",), ("deep", "run")])
