@@ -28,16 +28,18 @@ def pause(name):
         time.sleep(0.01)
 
 def pausing(event, loop, record):
+    global counting
+    counting = True  # from "train_begin" on: what is tried before the first step has no part in it
     if event == "step" and str(loop.state.step) in os.environ.get("PAUSE_STEPS", "").split():
         pause(f"step-{loop.state.step}")
 
-calls = 0
+counting, calls = False, 0
 
 def loss(hidden, weight, labels, **rest):
-    """The usual loss; the Nth call is the last thing that the process does."""
+    """The usual loss; its Nth call in a step is the last thing that the process does."""
     global calls
-    calls += 1
-    if calls == int(os.environ.get("KILL_CALL", 0)):
+    calls += counting
+    if counting and calls == int(os.environ.get("KILL_CALL", 0)):
         os.kill(os.getpid(), signal.SIGKILL)
     return linear_cross_entropy(hidden, weight, labels, **rest)
 

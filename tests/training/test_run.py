@@ -186,34 +186,40 @@ def test_early_stopping_ends_the_run_and_keeps_the_best(settings):
     assert adapter(result.output / "best") != adapter(result.output / "final")
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(settings, tmp_path, monkeypatch):
-    (tmp_path / "broken.py").write_text(
-        "from llamahome.kernels import linear_cross_entropy\n"
-        "calls = []\n"
-        "def loss(hidden, weight, labels, **rest):\n"
-        "    calls.append(1)\n"
-        "    value = linear_cross_entropy(hidden, weight, labels, **rest)\n"
-        "    return value * float('nan') if len(calls) == 5 else value\n"
-    )
+BROKEN_STEP = """
+from llamahome.kernels import linear_cross_entropy
+
+step = 0
+
+def watch(event, loop, record):
+    global step
+    step = loop.state.step + 1
+
+def loss(hidden, weight, labels, **rest):
+    value = linear_cross_entropy(hidden, weight, labels, **rest)
+    return value * float("inf") if step == 5 else value
+"""
+
+
+def broken_step(name, tmp_path, monkeypatch):
+    """Settings for a loss that is infinite in the 5th step; `name` is the module's."""
+    (tmp_path / f"{name}.py").write_text(BROKEN_STEP)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(NonFiniteError, match="loss nan, gradient norm nan in step 5") as raised:
-        run(settings, **{"training.loss": "broken:loss"})
+    return {"training.loss": f"{name}:loss", "training.callbacks": [f"{name}:watch"]}
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(settings, tmp_path, monkeypatch):
+    broken = broken_step("broken", tmp_path, monkeypatch)
+    with pytest.raises(NonFiniteError, match="loss inf, gradient norm nan in step 5") as raised:
+        run(settings, **broken)
     assert "rows.jsonl:" in raised.value.where
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["code"], status["last_step"], status["resumable"]) == ("failed", 7, 4, True)
 
 
 def test_a_step_that_is_not_finite_can_be_skipped(settings, tmp_path, monkeypatch):
-    (tmp_path / "broken2.py").write_text(
-        "from llamahome.kernels import linear_cross_entropy\n"
-        "calls = []\n"
-        "def loss(hidden, weight, labels, **rest):\n"
-        "    calls.append(1)\n"
-        "    value = linear_cross_entropy(hidden, weight, labels, **rest)\n"
-        "    return value * float('inf') if len(calls) == 5 else value\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    output = run(settings, **{"training.loss": "broken2:loss", "optimization.on_nonfinite": "skip"}).output
+    broken = broken_step("broken2", tmp_path, monkeypatch)
+    output = run(settings, **broken, **{"optimization.on_nonfinite": "skip"}).output
     steps, events = records(output)
     assert [event["step"] for event in events if event["event"] == "nonfinite"] == [5]
     assert steps[4]["loss"] is None
