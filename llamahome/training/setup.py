@@ -21,6 +21,7 @@ from llamahome.data.store import TokenStore
 from llamahome.distributed.ranks import ALONE, Ranks, require_same
 from llamahome.errors import ConfigError, MissingError, ModelError, UsageError
 from llamahome.memory.flops import training_flops
+from llamahome.memory.plan import MemoryPlan
 from llamahome.memory.shape import ModelShape, model_shape
 from llamahome.model import attention
 from llamahome.model.adapters import apply_adapter, enable_checkpointing, trainable_parameters, without_input_casts
@@ -111,13 +112,7 @@ def assemble(
         ),
     )  # fmt: skip
     plan = governor.plan
-    model = load_for_training(
-        config, source, device, precision, checkpointing=plan.gradient_checkpointing,
-        stored=stored_dtype(architecture, torch.float32) if team.strategy == "shard" else None,
-    )  # fmt: skip
-    fused = fuse(model, recompute_mlp=plan.recompute_mlp).summary() if config.processing.fuse else "none"
-    enter = share_out(model, config, team, precision)
-    objective = build_objective(model, own.loss or config.training.loss, chunk_rows=plan.loss_rows, enter=enter)
+    model, objective, fused = _build_model(config, source, architecture, device, precision, plan, team, own)
     batches = build_batches(config, prepared, state.samples_per_step, objective, team)
     mode = compile_layers(
         objective.causal, config.processing.compile_mode, tokens=_tokens_to_train(prepared, state),
@@ -151,16 +146,46 @@ def assemble(
     folder.require_free(2 * 12 * trained + parse_size(config.resource.min_free_disk))
     if found is not None:
         restore(found, model, optimizer, loop.scheduler, loop.scaler, team)
-    facts = {
+    facts = _facts(loop, prepared, device=device, trained=trained, fused=fused, allocator=allocator)
+    for line in choices(config, facts):
+        logger.info("%s", line)
+    return Assembled(model, tokenizer, loop, prepared, resources, facts)
+
+
+def _build_model(
+    config: Config, source: ModelSource, architecture: dict[str, Any], device: torch.device, precision: Precision,
+    plan: MemoryPlan, team: Team, own: Extensions,
+) -> tuple[Any, Objective, str]:  # fmt: skip
+    """The model with its adapter as this rank holds it, the objective over it, and what was fused in a line."""
+    model = load_for_training(
+        config, source, device, precision, checkpointing=plan.gradient_checkpointing,
+        stored=stored_dtype(architecture, torch.float32) if team.strategy == "shard" else None,
+    )  # fmt: skip
+    fused = fuse(model, recompute_mlp=plan.recompute_mlp).summary() if config.processing.fuse else "none"
+    enter = share_out(model, config, team, precision)
+    return (
+        model,
+        build_objective(model, own.loss or config.training.loss, chunk_rows=plan.loss_rows, enter=enter),
+        fused,
+    )
+
+
+def _facts(
+    loop: TrainingLoop, prepared: Prepared, *, device: torch.device, trained: int, fused: str, allocator: str
+) -> dict[str, Any]:
+    """What run.json records of a run besides its configuration."""
+    state, governor, team = loop.state, loop.governor, loop.team
+    assert governor is not None
+    return {
         "data_fingerprint": state.data_fingerprint,
         "model_fingerprint": state.model_fingerprint,
         "data": prepared.report.to_dict(),
         "device": str(device),
-        "precision": precision.name,
-        "attention": objective.causal.config._attn_implementation,
-        "compile_mode": mode,
+        "precision": loop.precision.name,
+        "attention": loop.objective.causal.config._attn_implementation,
+        "compile_mode": state.choices["processing.compile_mode"],
         "threads": state.threads,
-        "ranks": ranks.size,
+        "ranks": team.ranks.size,
         "strategy": team.strategy,
         "allocator": allocator,
         "fused": fused,
@@ -170,9 +195,6 @@ def assemble(
         "memory_plan": governor.plan.at(governor.token_budget).to_dict(),
         "memory_limit_bytes": governor.limit_bytes,
     }
-    for line in choices(config, facts):
-        logger.info("%s", line)
-    return Assembled(model, tokenizer, loop, prepared, resources, facts)
 
 
 def _state(
