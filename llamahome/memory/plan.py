@@ -225,12 +225,15 @@ def _gathered(shape: ModelShape, method: Method, element: int, reshard: bool) ->
     """Whole weights that a rank of FSDP2 holds besides its own parts, in the compute type.
 
     Embeddings and norms are one unit, whole from forward to backward. Of the layers there are the one at work and the
-    next, which is on its way; without `reshard` all. A trained layer's gradient is whole before it is summed in fp32.
+    next, which is on its way; without `reshard` all. In forward the buffer that a layer came in is kept until the next
+    has come; in backward a trained layer's gradient is whole, and once more in fp32 to be summed. Embeddings and
+    their gradients are whole twice too, but when no activations are there.
     """
     layer = shape.linear_parameters // shape.layers
     packed = int(layer * (NF4_BYTES if method == "qlora" else element))
     gradient = layer * (element + 4) if method in ("full", "qat") else 0
-    return shape.other_parameters * element + packed * (min(2, shape.layers) if reshard else shape.layers) + gradient
+    layers = packed * (min(2, shape.layers) if reshard else shape.layers)
+    return shape.other_parameters * element + layers + max(packed, gradient)
 
 
 def _adapter_parameters(shape: ModelShape, adapter: AdapterSettings) -> int:

@@ -86,8 +86,9 @@ def test_ranks_share_what_is_trained_and_gather_whole_layers() -> None:
     one, four = look(80 * GB, training__method="full"), look(80 * GB, ranks=4, training__method="full")
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(four.plan, part) == getattr(one.plan, part) // 4
-    largest = 128_256 * 4096 * 2  # gathered in the compute type
-    assert (one.plan.gathered, four.plan.gathered) == (0, 2 * largest)
+    root, layer = 2 * 128_256 * 4096 + 65 * 4096, 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    # In the compute type: embeddings, a layer and the next; and a layer's gradient, which is summed in fp32.
+    assert (one.plan.gathered, four.plan.gathered) == (0, 2 * root + 2 * 2 * layer + (2 + 4) * layer)
     assert one.seconds == pytest.approx(4 * four.seconds * (1 + one.plan.gradient_checkpointing / 3), rel=0.01)
 
 
