@@ -33,6 +33,7 @@ from llamahome.training.rundir import RunFolder, State, read_run
 from llamahome.training.saving import export, save
 from llamahome.training.setup import Assembled, assemble
 from llamahome.training.signals import StopSignal
+from llamahome.training.trust import resumed_config as trusted_config
 
 logger = logging.getLogger(__name__)
 
@@ -102,13 +103,16 @@ def train(
 def resume(
     checkpoint: Path, overrides: Sequence[str] = (), config_file: Path | None = None, *,
     own: Extensions | None = None, view: Callable[[Config], Progress] | None = None, signals: StopSignal | None = None,
+    trust_run: bool = False,
 ) -> RunResult:  # fmt: skip
     """Go on from a checkpoint, or from the newest good one of a run folder; what `llamahome train-resume` calls.
 
     The run's own configuration holds, changed by `overrides`. The samples per step stay as they were. A run that began
-    with objects of the user's own needs them again as `own`. Raises: as `train`; UsageError without those objects.
+    with objects of the user's own needs them again as `own`. Code that the run's record names as `module:object` is
+    imported when it is named in `overrides` or `config_file` as well, or under `trust_run`.
+    Raises: as `train`; UsageError without those objects, or for such code.
     """
-    config = resumed_config(checkpoint, overrides, config_file)
+    config = resumed_config(checkpoint, overrides, config_file, trust_run=trust_run)
     own = own or Extensions()
     own.refuse_less_than(read_run(checkpoints.run_of(checkpoint)).get("extensions", {}))
     with open_place(config, checkpoints.run_of(checkpoint), checkpoint) as place:
@@ -116,9 +120,15 @@ def resume(
         return _guarded(config, own, place, shown, signals or StopSignal(), None, None)
 
 
-def resumed_config(checkpoint: Path, overrides: Sequence[str] = (), config_file: Path | None = None) -> Config:
-    """The configuration of the run that `checkpoint` belongs to, changed. Raises: CheckpointError, ConfigError."""
-    return Config.from_dict(read_run(checkpoints.run_of(checkpoint))["config"], overrides, config_file)
+def resumed_config(
+    checkpoint: Path, overrides: Sequence[str] = (), config_file: Path | None = None, *, trust_run: bool = False
+) -> Config:
+    """The configuration of the run that `checkpoint` belongs to, changed; for `trust_run` see `resume`.
+
+    Raises: CheckpointError, ConfigError, UsageError.
+    """
+    run = checkpoints.run_of(checkpoint)
+    return trusted_config(read_run(run)["config"], overrides, config_file, where=run, trust_run=trust_run)
 
 
 def _guarded(

@@ -56,7 +56,11 @@ def test_a_run_under_way_is_not_disturbed_by_a_resume(place: Any) -> None:
     process = place.start(place.words("train"), PAUSE_STEPS="5")
     place.reached("step-5", process)
     before = {path: path.read_bytes() for path in place.run.rglob("*") if path.is_file()}
-    for attempt in (place.resume, lambda: resume(place.run / "checkpoint-3"), lambda: RunFolder(place.run, fresh=True)):
+    for attempt in (
+        place.resume,
+        lambda: resume(place.run / "checkpoint-3", trust_run=True),
+        lambda: RunFolder(place.run, fresh=True),
+    ):
         with pytest.raises(StorageError, match=f"the folder is in use by process {process.pid} on "):
             attempt()
     assert {path: path.read_bytes() for path in place.run.rglob("*") if path.is_file()} == before
