@@ -30,14 +30,17 @@ SHAPE = {
 
 
 class Counter(PeakTracker):
-    """Sums all storages anew at every operator, since FSDP2 frees and fills them in place."""
+    """Sums all storages anew after every operator with a large result, since FSDP2 frees and fills them in place."""
 
     def count(self, tensors: Iterable[object]) -> None:
+        large = False
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor):
-                part = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-                self._known.setdefault(part.untyped_storage(), 0)
-        self.peak_bytes = max(self.peak_bytes, sum(storage.nbytes() for storage in list(self._known)))
+                storage = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()
+                self._known.setdefault(storage, 0)
+                large |= storage.nbytes() >= 1 << 20
+        if large:
+            self.peak_bytes = max(self.peak_bytes, sum(storage.nbytes() for storage in list(self._known)))
 
 
 @pytest.fixture(scope="module", autouse=True)
