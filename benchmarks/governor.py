@@ -2,7 +2,8 @@
 
     python benchmarks/governor.py                 # SmolLM2-135M and a tiny model: 12 plans, limits, a competitor, speed
     python benchmarks/governor.py --plans         # only the plans; --model tiny: only that model's
-    python benchmarks/governor.py --limits        # only the limits
+    python benchmarks/governor.py --limits        # only the limits; --limits 0.8 3: only these shares of the minimum
+    python benchmarks/governor.py --beside        # only one limit, beside a process that takes and frees memory
     python benchmarks/governor.py --speed         # only the speed with twice the minimum
     python benchmarks/governor.py --quick         # two plans and one limit, about a minute on two free cores
 
@@ -10,7 +11,8 @@ Each measurement is a process of its own. The last line of stdout is a JSON obje
 |planned / measured - 1| of the peaks), `runs` (under a limit), `kills` (ended by the kernel or by an error),
 `peak_over_limit` (highest peak by its limit), `too_small_exit` and `too_small_seconds` (with 0.8 of the minimum),
 `limit_used` (peak by a limit of twice the minimum) and `throughput_share` (its tokens per second by those of the best
-fixed batch size that runs under the same limit). Limits are RLIMIT_DATA, so nothing is mocked.
+fixed batch size that runs under the same limit; steps of each in turn, medians). Limits are RLIMIT_DATA, so nothing is
+mocked.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,14 +52,17 @@ PLANS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("tiny", 4, 512, FULL),
     ("tiny", 8, 512, FULL | CHECKPOINTED),
 ]
-LIMITS = (1.15, 1.5, 3.0)  # of the smallest limit that the plan allows
+LIMITS = (1.15, 1.5, 3.0, 0.8)  # of the smallest limit that the plan allows
 LENGTH = 256  # tokens of each sample under a limit
+FIXED = (2, 4, 8, 12)  # batch sizes that the governor's is compared with, of steps of 12 samples
+ROUNDS = 5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plans", action="store_true", help="only compare plans with peaks")
-    parser.add_argument("--limits", action="store_true", help="only run under limits")
+    parser.add_argument("--limits", type=float, nargs="*", metavar="SHARE", help="only run under limits")
+    parser.add_argument("--beside", action="store_true", help="only run beside another process")
     parser.add_argument("--speed", action="store_true", help="only measure the speed that a limit costs")
     parser.add_argument("--model", choices=("smollm2", "tiny"), help="plans of one model")
     parser.add_argument("--quick", action="store_true")
@@ -67,13 +73,16 @@ def main() -> None:
         print(json.dumps(child(json.loads(args.child))))
         return
     say = (lambda *_: None) if args.json else print
-    everything = not (args.plans or args.limits or args.speed)
+    everything = not (args.plans or args.limits is not None or args.beside or args.speed)
     figures: dict[str, Any] = dict.fromkeys(("plan_error_max", "runs", "kills", "peak_over_limit", "throughput_share"))
     if args.plans or everything:
         cases = PLANS[:1] + PLANS[8:9] if args.quick else PLANS
         figures |= compare_plans([case for case in cases if args.model in (None, case[0])], say)
-    if args.limits or everything:
-        figures |= run_under_limits(LIMITS[1:2] if args.quick else LIMITS, say, alone=args.quick)
+    if args.limits is not None or args.beside or everything:
+        shares = (LIMITS[1], LIMITS[3]) if args.quick else LIMITS
+        cases = [(share, False) for share in (args.limits or shares) if everything or args.limits is not None]
+        cases += [(1.5, True)] if args.beside or (everything and not args.quick) else []
+        figures |= run_under_limits(cases, say)
     if args.speed or (everything and not args.quick):
         figures |= compare_speed(say)
     print(json.dumps(figures))
@@ -93,40 +102,38 @@ def compare_plans(cases: list[tuple[str, int, int, dict[str, Any]]], say: Any) -
     return {"plan_error_max": max(map(abs, errors)), "plans": len(errors)}
 
 
-def run_under_limits(shares: tuple[float, ...], say: Any, *, alone: bool) -> dict[str, Any]:
-    """Runs under RLIMIT_DATA, one beside a process that takes and frees memory, and one that cannot fit."""
+def run_under_limits(cases: list[tuple[float, bool]], say: Any) -> dict[str, Any]:
+    """Runs under RLIMIT_DATA: shares of the minimum, and whether another process takes and frees memory beside it."""
     case = {"model": "smollm2", "samples": 0, "length": LENGTH, "settings": {}, "steps": 3, "global": 4}
     minimum = spawn({**case, "steps": 0})["minimum"]
-    kills, over, runs = 0, 0.0, 0
-    for share, beside in [(share, False) for share in shares] + ([] if alone else [(1.5, True)]):
+    figures: dict[str, Any] = {"minimum": minimum, "runs": 0, "kills": 0, "peak_over_limit": 0.0}
+    for share, beside in cases:
         competitor = subprocess.Popen([sys.executable, "-c", COMPETITOR]) if beside else None
+        started = time.perf_counter()
         found = spawn({**case, "limit": int(share * minimum)})
+        seconds = time.perf_counter() - started
         if competitor is not None:
             competitor.terminate()
             competitor.wait()
-        runs, kills = runs + 1, kills + ("error" in found)
-        over = max(over, found.get("peak", 0) / (share * minimum))
-        say(f"limit {share:.2f} x {minimum / 1e6:.0f} MB{', beside another' if beside else ''}: "
-            f"{found.get('error') or 'finished'}, peak {found.get('peak', 0) / 1e6:.0f} MB")  # fmt: skip
-    started = time.perf_counter()
-    small = spawn({**case, "limit": int(0.8 * minimum)})
-    seconds = time.perf_counter() - started
-    say(f"limit 0.80: exit {small.get('code')} after {seconds:.0f} s, {small.get('error')}")
-    return {"runs": runs, "kills": kills, "peak_over_limit": over, "minimum": minimum,
-            "too_small_exit": small.get("code"), "too_small_seconds": seconds}  # fmt: skip
+        what = f"limit {share:.2f} x {minimum / 1e6:.0f} MB{', beside another' if beside else ''}"
+        how = found.get("error") or f"finished, peak {found['peak'] / 1e6:.0f} MB"
+        say(f"{what}: {how}, {seconds:.0f} s")
+        if share < 1:
+            figures |= {"too_small_exit": found.get("code"), "too_small_seconds": seconds}
+            continue
+        figures["runs"] += 1
+        figures["kills"] += "error" in found
+        figures["peak_over_limit"] = max(figures["peak_over_limit"], found.get("peak", 0) / (share * minimum))
+    return figures
 
 
 def compare_speed(say: Any) -> dict[str, Any]:
-    """Tokens per second under twice the minimum, the governor's cut against fixed batch sizes under the same limit."""
-    case = {"model": "smollm2", "length": LENGTH, "settings": {}, "global": 8}
-    limit = 2 * spawn({**case, "samples": 0, "steps": 0})["minimum"]
-    held = spawn({**case, "samples": 0, "limit": limit, "steps": 8})
+    """Tokens per second under twice the minimum: the governor's cut and fixed batch sizes, step by step in turn."""
+    case = {"model": "smollm2", "length": LENGTH, "samples": 0, "settings": {}, "global": max(FIXED)}
+    limit = 2 * spawn({**case, "steps": 0})["minimum"]
+    held = spawn({**case, "limit": limit, "steps": 4, "fixed": FIXED})
     say(f"governed: {held}")
-    fixed = {samples: spawn({**case, "samples": samples, "limit": limit, "steps": 3}) for samples in (1, 2, 4, 8)}
-    for samples, found in fixed.items():
-        say(f"{samples} samples: {found.get('error') or found}")
-    best = max(found["speed"] for found in fixed.values() if "speed" in found)
-    return {"limit_used": held["last_peak"] / limit, "throughput_share": held["speed"] / best}
+    return {"limit_used": held["peak"] / limit, "throughput_share": held["speed"] / max(held["fixed"].values())}
 
 
 COMPETITOR = """
@@ -188,6 +195,7 @@ def child(case: dict[str, Any]) -> dict[str, Any]:
                 for _ in calibrate(loop):
                     pass
                 records = list(loop)
+                turns = in_turn(loop, case["fixed"]) if "fixed" in case else {}
         except LlamaHomeError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
@@ -200,8 +208,26 @@ def child(case: dict[str, Any]) -> dict[str, Any]:
             "last_peak": records[-1]["memory_peak_bytes"],
             "slack": (peak - plan.live) / (plan.activations + plan.loss),
             "tokens": records[-1]["micro_batch_tokens"],
-            "speed": statistics.median(record["tokens"] / record["step_seconds"] for record in late),
+            "speed": turns.pop(0, statistics.median(record["tokens"] / record["step_seconds"] for record in late)),
+            "fixed": turns,
         }
+
+
+def in_turn(loop: Any, batch_sizes: Sequence[int]) -> dict[int, float]:
+    """Median tokens per second of steps with each batch size, and (0) with the governor's; what does not fit is out."""
+    governed, speeds = loop.governor.state_dict(), {size: [] for size in (0, *batch_sizes)}
+    batches, loop.state.total_steps = loop.batches, loop.state.step + ROUNDS * len(speeds)
+    for _ in range(ROUNDS):
+        for size in list(speeds):
+            loop.governor.load_state_dict(governed)
+            loop.batches = replace(batches, max_samples=size or None)
+            if size:
+                loop.governor.token_budget = size * LENGTH
+            record = loop.run_step()
+            speeds[size].append(record["tokens"] / record["step_seconds"])
+            if size and record["micro_batch_tokens"] < size * LENGTH:
+                del speeds[size]
+    return {size: statistics.median(found) for size, found in speeds.items()}
 
 
 def smallest(config: Any, governor: Any, architecture: dict[str, Any], length: int) -> int:
