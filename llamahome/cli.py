@@ -15,6 +15,7 @@ import click
 
 from llamahome import __version__
 from llamahome.commands.data import cache, data
+from llamahome.commands.init import completion, init
 from llamahome.commands.options import base_model, changes, load_config, print_error, print_line, settings
 from llamahome.commands.plan import plan
 from llamahome.commands.tools import chat, doctor, report, watch
@@ -152,6 +153,8 @@ cli.add_command(watch)
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+cli.add_command(init)
+cli.add_command(completion)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a text that the locale cannot show ends no run
     code = _run()

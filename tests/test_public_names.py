@@ -18,12 +18,14 @@ PUBLIC_NAMES = {
 SETTINGS = {"--config", "--set", "--trust-remote-code", "--allow-pickle"}
 COMMANDS = {
     "llamahome": {"--debug", "--version"},
-    "llamahome train": {"DATA", "--model", "--output", "--eval-data", *SETTINGS},
-    "llamahome train-resume": {"CHECKPOINT", *SETTINGS},
+    "llamahome train": {"DATA", "--model", "--output", "--eval-data", "--dry-run", "--json", *SETTINGS},
+    "llamahome train-resume": {"CHECKPOINT", "--trust-run", "--json", *SETTINGS},
     "llamahome train-eval": {"MODEL", "DATA", "--output", "--model", "--json", *SETTINGS},
     "llamahome merge": {"ADAPTER", "--output", "--model", "--dtype", *SETTINGS},
     "llamahome chat": {"MODEL", "--prompt", "--system", "--max-new-tokens", "--temperature", "--model", *SETTINGS},
     "llamahome doctor": {"--json", *SETTINGS},
+    "llamahome init": {"DATA", "--model", "--output", "--all", *SETTINGS},
+    "llamahome completion": {"SHELL"},
     "llamahome report": {"RUNS", "--output"},
     "llamahome watch": {"RUN", "--interval"},
     "llamahome data": set(),

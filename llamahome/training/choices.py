@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from llamahome.config import Config
@@ -20,13 +20,16 @@ def choices(config: Config, facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _choices(config: Config, facts: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(name, what was chosen, the settings that change it)."""
-    if schemas := _schemas(facts):
-        yield "schema", f"{schemas}, the {config.data.train_on}'s tokens are trained".replace("the all's", "all"), (
-            "data.fields", "data.train_on")  # fmt: skip
+    data = facts.get("data")
+    if isinstance(data, dict) and data["schemas"]:
+        whose = "all tokens" if config.data.train_on == "all" else "the assistant's tokens"
+        schemas = schema_names(data["schemas"].values())
+        yield "schema", f"{schemas}, {whose} are trained", ("data.fields", "data.train_on")
     yield "model", str(config.model.name or _EMBEDDED), ("--model", "model.name")
     trained = facts["trainable_parameters"] / 1e6
     yield "method", f"{config.training.method}, {trained:.2f} million trained parameters", ("training.method",)
-    yield "device", f"{facts['device']}, {facts['threads']} CPU threads", ("processing.device", "processing.threads")
+    device = "CPU" if facts["device"] == "cpu" else f"{facts['device']}, CPU"
+    yield "device", f"{device} with {facts['threads']} threads", ("processing.device", "processing.threads")
     yield "precision", str(facts["precision"]), ("processing.precision",)
     yield "compile", str(facts["compile_mode"]), ("processing.compile_mode",)
     steps = f"{facts['total_steps']} steps of {facts['samples_per_step']} samples"
@@ -38,8 +41,6 @@ def _choices(config: Config, facts: Mapping[str, Any]) -> Iterator[tuple[str, st
     yield "cut", f"micro-batches of up to {plan['micro_batch_tokens']:,} tokens{again}", ("training.batch_size",)
 
 
-def _schemas(facts: Mapping[str, Any]) -> str:
-    """The schemas that the data have, by the names of their fields."""
-    data = facts.get("data")
-    found = dict.fromkeys(data["schemas"].values()) if isinstance(data, dict) else ()
-    return ", ".join(_SCHEMAS.get(name, name) for name in found)
+def schema_names(found: Iterable[str]) -> str:
+    """Schemas by the names of their fields, each once."""
+    return ", ".join(_SCHEMAS.get(name, name) for name in dict.fromkeys(found))
