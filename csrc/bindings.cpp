@@ -4,11 +4,13 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
 #include <filesystem>
 #include <mutex>
 #include <span>
 
+#include "attention.h"
 #include "batch_reader.h"
 #include "crc32c.h"
 #include "packing.h"
@@ -227,16 +229,87 @@ void bind_order_and_packing(nb::module_& m) {
       "Best-fit rows of whole documents: (order, bounds); row r is order[bounds[r]:bounds[r + 1]].");
 }
 
+using Heads = Array<const Bf16, 3>;
+using HeadsOut = Array<Bf16, 3>;
+
+AttentionShape shape_of(const Heads& query, const Heads& key, const Array<const std::int32_t>& cu_seqlens, float scale,
+                        int threads) {
+  const auto edges = as_span(cu_seqlens);
+  if (query.shape(0) != key.shape(0) || query.shape(2) != key.shape(2) || query.shape(2) % 16 != 0 ||
+      key.shape(1) == 0 || query.shape(1) % key.shape(1) != 0)
+    throw std::invalid_argument("queries and keys do not belong together, or a head's size is no multiple of 16");
+  if (edges.empty() || edges.front() != 0 || !std::is_sorted(edges.begin(), edges.end()) ||
+      static_cast<std::size_t>(edges.back()) > query.shape(0))
+    throw std::invalid_argument("the samples' boundaries must rise from 0 to the number of tokens at most");
+  const auto size = [](std::size_t n) { return static_cast<std::int64_t>(n); };
+  return {edges.data(),
+          size(edges.size()) - 1,
+          size(query.shape(0)),
+          size(query.shape(1)),
+          size(key.shape(1)),
+          size(query.shape(2)),
+          scale,
+          threads};
+}
+
+template <typename A, typename B>
+void need_same_shape(const A& a, const B& b) {
+  for (std::size_t i = 0; i < 3; ++i)
+    if (a.shape(i) != b.shape(i)) throw std::invalid_argument("arrays of unequal shape");
+}
+
+template <typename A>
+void need_lse(const A& lse, const Heads& query) {
+  if (lse.shape(0) != query.shape(1) || lse.shape(1) != query.shape(0))
+    throw std::invalid_argument("the log-sum-exp must be [heads, tokens]");
+}
+
+void bind_attention(nb::module_& m) {
+  m.def("has_bf16_attention", &has_bf16_attention, "Whether the processor has what the next two need: AVX512-BF16.");
+  m.def(
+      "attention_forward",
+      [](const Heads& query, const Heads& key, const Heads& value, const Array<const std::int32_t>& cu_seqlens,
+         float scale, int threads, const HeadsOut& out, const Array<float, 2>& lse) {
+        const AttentionShape shape = shape_of(query, key, cu_seqlens, scale, threads);
+        need_same_shape(key, value);
+        need_same_shape(query, out);
+        need_lse(lse, query);
+        attention_forward(shape, query.data(), key.data(), value.data(), out.data(), lse.data());
+      },
+      "query"_a.noconvert(), "key"_a.noconvert(), "value"_a.noconvert(), "cu_seqlens"_a.noconvert(), "scale"_a,
+      "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert(), NoGil(),
+      "Causal attention of packed samples; arrays are [tokens, heads, size] of bf16's bits, lse [heads, tokens].");
+  m.def(
+      "attention_backward",
+      [](const Heads& grad, const Heads& query, const Heads& key, const Heads& value, const Heads& out,
+         const Array<const float, 2>& lse, const Array<const std::int32_t>& cu_seqlens, float scale, int threads,
+         const HeadsOut& d_query, const HeadsOut& d_key, const HeadsOut& d_value) {
+        const AttentionShape shape = shape_of(query, key, cu_seqlens, scale, threads);
+        for (const Heads& same : {grad, out}) need_same_shape(query, same);
+        need_same_shape(query, d_query);
+        need_same_shape(key, value);
+        for (const HeadsOut& same : {d_key, d_value}) need_same_shape(key, same);
+        need_lse(lse, query);
+        attention_backward(shape, grad.data(), query.data(), key.data(), value.data(), out.data(), lse.data(),
+                           d_query.data(), d_key.data(), d_value.data());
+      },
+      "grad"_a.noconvert(), "query"_a.noconvert(), "key"_a.noconvert(), "value"_a.noconvert(), "out"_a.noconvert(),
+      "lse"_a.noconvert(), "cu_seqlens"_a.noconvert(), "scale"_a, "threads"_a, "d_query"_a.noconvert(),
+      "d_key"_a.noconvert(), "d_value"_a.noconvert(), NoGil(),
+      "The gradients of query, key and value from that of out.");
+}
+
 }  // namespace
 }  // namespace llamahome
 
 NB_MODULE(_C, m) {
   using namespace llamahome;
-  m.doc() = "Token store, sample order and packing in C++.";
+  m.doc() = "Token store, sample order, packing and a CPU's attention in C++.";
   nb::register_exception_translator(translate);
   bind_reader(m);
   bind_writer(m);
   bind_order_and_packing(m);
+  bind_attention(m);
   m.def(
       "crc32c",
       [](nb::bytes data, bool portable) {

@@ -3,8 +3,8 @@
 Work and memory are proportional to the sum of squared sample lengths: no T x T mask exists, and no token sees
 another sample. Saved for backward: q, k, v, the output and the log-sum-exp (FlashAttention-2, arXiv 2307.08691).
 On a GPU it runs the Triton kernels of `attention_triton.py`, or torch's FlashAttention where that is faster and gives
-the same bits each time; on a CPU ATen's flash kernel, sample by sample, or the same Triton kernels under
-TRITON_INTERPRET=1.
+the same bits each time; on a CPU the C++ code of `attention_native.py` (bf16 on AVX512-BF16) or ATen's flash kernel,
+sample by sample, or the same Triton kernels under TRITON_INTERPRET=1.
 
 Shapes: T tokens, Hq query heads, Hk key and value heads (Hq a multiple of Hk), D head size.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llamahome.kernels.attention_dense import dense_backward, prefers_dense
+from llamahome.kernels.attention_native import fits_native, native_backward, native_forward
 from llamahome.kernels.launch import use_triton
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -152,6 +153,9 @@ def _forward(
 
         result: tuple[Tensor, Tensor] = forward(q, k, v, cu_seqlens, scale, window, softcap)
         return result
+    if fits_native(q, k, cu_seqlens, scale, window):
+        made: tuple[Tensor, Tensor] = native_forward(q, k, v, cu_seqlens, scale)
+        return made
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_zeros((q.shape[1], q.shape[0]), dtype=_lse_dtype(q))
     for rows, keys, mask in _pieces(q, cu_seqlens, window):
@@ -171,6 +175,9 @@ def _gradients(
 
         grads: tuple[Tensor, Tensor, Tensor] = backward(grad, q, k, v, out, lse, cu_seqlens, scale, window, softcap)
         return grads
+    if fits_native(q, k, cu_seqlens, scale, window):
+        made: tuple[Tensor, Tensor, Tensor] = native_backward(grad, q, k, v, out, lse, cu_seqlens, scale)
+        return made
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for rows, keys, mask in _pieces(q, cu_seqlens, window):
         parts = _heads_first(grad[rows], q[rows], k[keys], v[keys], out[rows])

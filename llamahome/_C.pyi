@@ -1,4 +1,4 @@
-"""Token store, sample order and packing in C++."""
+"""Token store, sample order, packing and a CPU's attention in C++."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -88,6 +88,17 @@ def plan_packing(lengths: numpy.typing.NDArray[numpy.uint32], budget: int) -> tu
     """
     Best-fit rows of whole documents: (order, bounds); row r is order[bounds[r]:bounds[r + 1]].
     """
+
+def has_bf16_attention() -> bool:
+    """Whether the processor has what the next two need: AVX512-BF16."""
+
+def attention_forward(query: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], key: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], value: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], cu_seqlens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], scale: float, threads: int, out: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu')], lse: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')]) -> None:
+    """
+    Causal attention of packed samples; arrays are [tokens, heads, size] of bf16's bits, lse [heads, tokens].
+    """
+
+def attention_backward(grad: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], query: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], key: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], value: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], lse: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], cu_seqlens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], scale: float, threads: int, d_query: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu')], d_key: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu')], d_value: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu')]) -> None:
+    """The gradients of query, key and value from that of out."""
 
 def crc32c(data: bytes, portable: bool = False) -> int:
     """CRC-32C of bytes; `portable` avoids the processor's instruction."""
