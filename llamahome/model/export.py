@@ -134,6 +134,10 @@ def merge_adapter(
     with model.disable_adapter():
         without = _logits(model, probes)
     target = _stored_dtype(model) if dtype is None else getattr(torch, _DTYPES[dtype])
+    if any(quantized_layers(model)):  # PEFT would merge into 4 bits again
+        del model
+        model, _ = load_trained(adapter, settings or ModelSettings(), dtype=torch.float32, device="cpu",
+                                attention="sdpa", cache_dir=cache_dir, unpack=True)  # fmt: skip
     with publish_folder(output) as folder:
         merged = model.merge_and_unload(safe_merge=True).to(target)
         merged.config.dtype = target

@@ -174,15 +174,17 @@ def _loading_error(error: Exception, folder: Path, attention: str) -> Exception:
 
 def load_trained(
     path: str | Path, settings: ModelSettings, *, dtype: torch.dtype, device: str | torch.device, attention: str,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None, unpack: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase]:  # fmt: skip
     """A model or an adapter on its base, whatever `path` holds, and its tokenizer.
 
     The base is the folder or hub id that adapter_config.json names, else what LlamaHome recorded at saving;
     `settings.name` goes before both. A base that was in 4 bits in training is so again; `dtype` is what they are
-    unpacked to. Raises: ModelError, also for an adapter that was trained on another base; MissingError.
+    unpacked to, when they are used or, with `unpack`, once and for all into plain layers.
+    Raises: ModelError, also for an adapter that was trained on another base; MissingError.
     """
     from llamahome.model.adapters import attach_adapter, base_is_quantized, base_source
+    from llamahome.model.quantize import dequantize_model
 
     folder = Path(path).expanduser()
     if not is_adapter(folder):
@@ -192,6 +194,8 @@ def load_trained(
         folder = source.folder  # an adapter on the hub
     source = base_source(folder, settings, cache_dir)
     base = load_model(source, dtype=dtype, device=device, attention=attention, nf4=base_is_quantized(folder))
+    if unpack:
+        dequantize_model(base, dtype)
     model = attach_adapter(base, folder)
     return model, load_tokenizer(replace(source, tokenizer=folder) if has_tokenizer(folder) else source)
 

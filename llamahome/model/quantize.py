@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llamahome.errors import MissingError
+from llamahome.kernels.nf4 import BLOCK, dequantize, from_bitsandbytes
 from llamahome.memory.oom import free_memory
 from llamahome.model.quiet import quiet_transformers
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-NF4, BLOCK = "nf4", 64  # weights under one scale
+NF4 = "nf4"
 _PART = 1 << 20  # weights that are quantised at once
 _TRIM = 1 << 24  # weights after which the heap gives back what was in use between them
 _DONTNEED = 4  # madvise(2)
@@ -43,15 +44,16 @@ def check_nf4(device: torch.device | str) -> None:
 def quantize_model(model: PreTrainedModel, *, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
     """Put 4-bit layers in the place of the linear layers of `model`, in place, one at a time.
 
-    The output projection and all that is no linear layer become `dtype`, the type that 4-bit weights are unpacked to.
-    A weight is dropped as soon as it is quantised, and so are its pages where it is mapped from a file: the peak of
-    memory is near the result's. The same weights give the same bits.
+    Layers whose input is no multiple of 64 wide stay as they are. They, the output projection and all that is no
+    linear layer become `dtype`, the type that 4-bit weights are unpacked to. A weight is dropped as soon as it is
+    quantised, and so are its pages where it is mapped from a file: the peak of memory is near the result's. The same
+    weights give the same bits.
     """
     head = model.get_output_embeddings()
     users = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
     counted, since = {True: 0, False: 0}, 0
     for name, module in list(model.named_modules()):
-        if module is head or not _is_linear(module):
+        if module is head or not _fits(module):
             continue
         weight = module.weight.data
         counted[True] += weight.numel()
@@ -78,10 +80,12 @@ def quantize_model(model: PreTrainedModel, *, dtype: torch.dtype, device: torch.
     return model
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _fits(module: Any) -> bool:
+    """A linear layer whose rows are whole blocks: bitsandbytes 0.50 unpacks others wrongly on a CPU."""
     from transformers.pytorch_utils import Conv1D
 
-    return type(module) in (nn.Linear, Conv1D)
+    columns = {nn.Linear: 1, Conv1D: 0}.get(type(module))
+    return columns is not None and module.weight.shape[columns] % BLOCK == 0
 
 
 def _quantized(module: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -172,11 +176,5 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype) -> None:
 
 def dequantized(layer: Any) -> Tensor:
     """The weight [out, in] of a 4-bit layer, unpacked in float32: 16 levels times a scale for each 64 weights."""
-    from bitsandbytes.functional import dequantize_blockwise
-
-    state = layer.weight.quant_state
-    scales = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
-    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-        layer.weight.data, scales, state.blocksize, state.quant_type, state.shape, torch.float32
-    )
+    weight: Tensor = dequantize(from_bitsandbytes(layer.weight), torch.float32)
     return weight
