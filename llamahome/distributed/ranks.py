@@ -23,8 +23,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _POLL_SECONDS = 0.05
 _SAY_SECONDS = 60.0
+_GOODBYE_SECONDS = 30.0
 # gloo raises plain RuntimeErrors.
-_PEER_MARKS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out waiting")
+_PEER_MARKS = (
+    "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,21 @@ def joined(timeout_seconds: float, device: str) -> Iterator[Ranks]:
     finally:
         # After a failure the others may wait for ever in what this would do; the process ends anyway.
         if not failed:
+            _leave_together(found)
             dist.destroy_process_group()
+
+
+def _leave_together(ranks: Ranks) -> None:
+    """Rank 0 goes last: unless torchrun does, its process holds the store that the others may still read."""
+    store = ranks.store
+    assert store is not None
+    if not ranks.is_main:
+        store.set(f"left/{ranks.rank}", "")
+        return
+    try:
+        store.wait([f"left/{rank}" for rank in range(1, ranks.size)], timedelta(seconds=_GOODBYE_SECONDS))
+    except RuntimeError as error:
+        logger.warning("not all ranks have said goodbye: %s", str(error).splitlines()[0])
 
 
 def _own_store(timeout_seconds: float) -> Store:
@@ -224,15 +241,7 @@ def is_peer_failure(error: BaseException) -> bool:
         return False
     if isinstance(error, dist.DistError):
         return True
-    marks = (
-        "gloo",
-        "NCCL",
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "Timed out waiting",
-    )
-    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _PEER_MARKS)
 
 
 def collectives_done() -> int:
