@@ -1,4 +1,4 @@
-"""The reader without Python, under the sanitizers: damaged files by the thousand, and many threads."""
+"""C++ without Python, under the sanitizers: damaged files by the thousand, many threads, attention of any shape."""
 
 from __future__ import annotations
 
@@ -33,3 +33,8 @@ def test_damaged_files_never_lead_outside(tmp_path: Path) -> None:
 def test_threads_do_not_race(tmp_path: Path) -> None:
     stress = build("stress_reader", "thread", tmp_path)
     subprocess.run([stress, "4", "10"], check=True, env=os.environ | {"TSAN_OPTIONS": "halt_on_error=1"})
+
+
+def test_attention_stays_within_its_tensors(tmp_path: Path) -> None:
+    fuzz = build("fuzz_attention", "address,undefined", tmp_path)
+    subprocess.run([fuzz, "5"], check=True)
