@@ -3,7 +3,8 @@
     python benchmarks/peer_hf.py '{"side": "hf", "precision": "bf16", ...}'
 
 Takes its settings as one JSON object and prints one, as the last line: `steps`, each with real tokens, seconds of wall
-clock and of processor time and the loss, and `peak_bytes`, the most memory that the process has held (VmHWM).
+clock and of processor time, the loss and (ours) `mfu`; `peak_bytes`, the most memory that the process has held (VmHWM);
+`first_step_seconds`, from the start of the process to the end of its first step.
 Both sides train on the same token ids in the same order, from the same first adapter.
 """
 
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import psutil
 
 from llamahome.config import Config
 
@@ -34,7 +37,7 @@ def configuration(settings: dict[str, Any]) -> Config:
         "model.name": settings["model"],
         "training.output": str(Path(settings["folder"], "run")),
         "training.method": settings["method"],
-        "training.batch_size": settings["samples"],
+        "training.batch_size": settings["micro_samples"],
         "training.save_steps": 10**6,
         "optimization.global_batch_size": settings["samples"],
         "optimization.max_steps": settings["steps"],
@@ -56,6 +59,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
+        self.first_step_seconds = 0.0
         self.restart()
 
     def restart(self) -> None:
@@ -64,10 +68,11 @@ class Stopwatch:
     def lap(self) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         self.steps.append({"seconds": wall - self._last[0], "cpu_seconds": cpu - self._last[1]})
+        self.first_step_seconds = self.first_step_seconds or time.time() - psutil.Process().create_time()
         self.restart()
 
 
-def run_llamahome(settings: dict[str, Any]) -> list[dict[str, float]]:
+def run_llamahome(settings: dict[str, Any]) -> Stopwatch:
     from llamahome.training.rundir import RunFolder
     from llamahome.training.setup import assemble
 
@@ -77,12 +82,12 @@ def run_llamahome(settings: dict[str, Any]) -> list[dict[str, float]]:
         watch = Stopwatch()
         for record in parts.loop:
             watch.lap()
-            watch.steps[-1] |= {"tokens": record["tokens"], "loss": record["loss"]}
+            watch.steps[-1] |= {key: record[key] for key in ("tokens", "loss", "mfu")}
             watch.restart()
-    return watch.steps
+    return watch
 
 
-def run_hf(settings: dict[str, Any]) -> list[dict[str, float]]:
+def run_hf(settings: dict[str, Any]) -> Stopwatch:
     import torch
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
@@ -119,7 +124,8 @@ def run_hf(settings: dict[str, Any]) -> list[dict[str, float]]:
         return padded(rows)
 
     arguments = TrainingArguments(
-        output_dir=str(Path(settings["folder"], "peer")), per_device_train_batch_size=settings["samples"],
+        output_dir=str(Path(settings["folder"], "peer")), per_device_train_batch_size=settings["micro_samples"],
+        gradient_accumulation_steps=settings["samples"] // settings["micro_samples"],
         max_steps=settings["steps"], learning_rate=2e-4, lr_scheduler_type="constant", weight_decay=0.0,
         max_grad_norm=config.optimization.max_grad_norm, logging_steps=1, train_sampling_strategy="sequential",
         save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, optim="adamw_torch_fused", bf16=low,
@@ -129,9 +135,10 @@ def run_hf(settings: dict[str, Any]) -> list[dict[str, float]]:
         model=model, args=arguments, train_dataset=rows_of(config, tokenizer), data_collator=collate,
         callbacks=[Laps()],
     ).train()  # fmt: skip
-    for step, count in zip(watch.steps, tokens, strict=False):
-        step["tokens"] = count
-    return watch.steps
+    parts = settings["samples"] // settings["micro_samples"]
+    for i, step in enumerate(watch.steps):
+        step["tokens"] = sum(tokens[i * parts : (i + 1) * parts])
+    return watch
 
 
 def rows_of(config: Config, tokenizer: Any) -> list[dict[str, Any]]:
@@ -149,9 +156,10 @@ def rows_of(config: Config, tokenizer: Any) -> list[dict[str, Any]]:
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    steps = {"hf": run_hf, "llamahome": run_llamahome}[settings["side"]](settings)
+    watch = {"hf": run_hf, "llamahome": run_llamahome}[settings["side"]](settings)
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    print(json.dumps({"steps": steps, "peak_bytes": int(peak.split()[1]) * 1024}))
+    result = {"steps": watch.steps, "peak_bytes": int(peak.split()[1]) * 1024}
+    print(json.dumps(result | {"first_step_seconds": watch.first_step_seconds}))
 
 
 if __name__ == "__main__":
