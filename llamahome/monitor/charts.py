@@ -1,4 +1,7 @@
-"""Line charts as inline SVG: no scripts, no fonts, nothing fetched; colours come from the page's style sheet."""
+"""Charts as inline SVG, each with its figures as a table: no scripts, no fonts, nothing fetched.
+
+Colours come from the page's style sheet.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from itertools import pairwise
 Point = tuple[float, float]
 _WIDTH, _HEIGHT = 640, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 28
+_BAR, _LABELS, _COUNTS = 22, 110, 70  # height of a bar's row, widths of its name and its count
 _MOST_POINTS = 600  # more than there are pixels helps nobody
+_MOST_ROWS = 40  # of the table that stands for the picture
 
 
 @dataclass(frozen=True)
@@ -26,17 +31,30 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture. `marks` are (x, text) of things that happened; `fmt` writes a value of the y axis."""
+    """One picture. `marks` are (x, text) of things that happened, and `marked` what they are called together.
+
+    `fmt` writes a value of the y axis.
+    """
 
     title: str
     lines: Sequence[Line]
     fmt: Callable[[float], str]
     marks: Sequence[tuple[float, str]] = field(default=())
+    marked: str = ""
     from_zero: bool = False
 
 
+@dataclass(frozen=True)
+class Bars:
+    """Counts by their names, drawn in the order given; `unit` says what is counted."""
+
+    title: str
+    rows: Sequence[tuple[str, int]]
+    unit: str
+
+
 def svg(chart: Chart) -> str:
-    """The chart as a <figure>: picture, legend, and its figures in words for those who cannot see it."""
+    """The chart as a <figure>: picture, legend, and its figures in words and as a table for those who cannot see it."""
     lines = [line for line in chart.lines if line.points]
     if not lines:
         return ""
@@ -45,9 +63,49 @@ def svg(chart: Chart) -> str:
     frame = _Frame(*_span(xs), *_span([0.0, *ys] if chart.from_zero else ys))
     parts = [*_grid(frame, chart.fmt), *_marks(frame, chart.marks), *(_polyline(frame, line) for line in lines)]
     legend = "".join(f'<span class="key {line.css}">{escape(line.label)}</span>' for line in lines)
+    legend += f'<span class="key marked">{escape(chart.marked)}</span>' if chart.marks and chart.marked else ""
+    below = f'<p class="legend">{legend}</p>{_line_table(chart, lines)}'
+    return _figure(chart.title, _HEIGHT, _in_words(chart, lines), parts, below)
+
+
+def bars(chart: Bars) -> str:
+    """Horizontal bars as a <figure>, each with its count; "" where there is nothing to count."""
+    most = max((count for _, count in chart.rows), default=0)
+    if not most:
+        return ""
+    room = _WIDTH - _LABELS - _COUNTS
+    parts = []
+    for number, (name, count) in enumerate(chart.rows):
+        y, length = _TOP + number * _BAR, room * count / most
+        parts.append(f'<text x="{_LABELS - 8}" y="{y + 14}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<rect class="bar" x="{_LABELS}" y="{y + 3}" width="{length:.1f}" height="{_BAR - 6}"/>')
+        parts.append(f'<text x="{_LABELS + length + 6:.1f}" y="{y + 14}">{count:,}</text>')
+    words = f"{chart.title}. " + "; ".join(f"{name}: {count:,} {chart.unit}" for name, count in chart.rows)
+    return _figure(chart.title, 2 * _TOP + _BAR * len(chart.rows), words, parts, "")
+
+
+def _figure(title: str, height: int, words: str, parts: Sequence[str], below: str) -> str:
     return (
-        f'<figure><figcaption>{escape(chart.title)}</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escape(_in_words(chart, lines))}">{"".join(parts)}</svg><p class="legend">{legend}</p></figure>'
+        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {height}" role="img" '
+        f'aria-label="{escape(words)}">{"".join(parts)}</svg>{below}</figure>'
+    )
+
+
+def _line_table(chart: Chart, lines: Sequence[Line]) -> str:
+    """The values, at most `_MOST_ROWS` of them evenly spread and the last, behind a summary that opens."""
+    xs = sorted({x for line in lines for x, _ in line.points})
+    kept = [*xs[:: math.ceil(len(xs) / _MOST_ROWS)], *xs[-1:]]
+    columns = [dict(line.points) for line in lines]
+    head = "".join(f'<th scope="col">{escape(line.label)}</th>' for line in lines)
+    rows = "".join(
+        f'<tr><th scope="row">{x:g}</th>'
+        + "".join(f"<td>{escape(chart.fmt(column[x])) if x in column else ''}</td>" for column in columns)
+        + "</tr>"
+        for x in dict.fromkeys(kept)
+    )
+    return (
+        f"<details><summary>Figures: {escape(chart.title)}</summary>"
+        f'<table><thead><tr><th scope="col">step</th>{head}</tr></thead><tbody>{rows}</tbody></table></details>'
     )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _REDRAW_SECONDS = 0.2
 _EVENTS_SHOWN = 4
+_WORDS_SHOWN = 200  # characters of one value of an event
 _BAR = 24
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 # Line ends beyond ASCII, marks that turn the direction of text around, and halves of characters that cannot be written.
@@ -246,7 +247,8 @@ def clean(text: str, keep: str = "") -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= _WORDS_SHOWN else f"{text[:_WORDS_SHOWN]} ..."
 
 
 def _write_line(stream: TextIO | None, line: str) -> TextIO | None:

@@ -1,53 +1,26 @@
-"""`report.html`: what a run did, on one page that needs nothing else. Two or more runs are drawn into one picture."""
+"""`report.html`: what a run did, on one page that needs nothing else. Two or more runs stand side by side."""
 
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from llamahome.errors import UsageError
 from llamahome.files import write_atomic
 from llamahome.memory.monitor import format_bytes
-from llamahome.monitor.charts import Chart, Line, Point, svg
-from llamahome.monitor.progress import clean, duration
-from llamahome.monitor.sinks import METRICS_FILE
+from llamahome.monitor.charts import Bars, Chart, Line, bars, svg
+from llamahome.monitor.progress import clean
+from llamahome.monitor.record import RunRecord, evaluations, flat, points, read_record, reproduce, results, typed
 
+__all__ = ["REPORT_FILE", "RunRecord", "page", "read_record", "write_report"]
 REPORT_FILE = "report.html"
 _COLOURS = "abcdef"
 _EVENTS_SHOWN = 200
 _MARKED = ("oom", "cut_changed", "resumed", "signal")
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What a run folder says about its run. `steps` are the records of steps, `events` all else, both in order."""
-
-    name: str
-    run: dict[str, Any]
-    status: dict[str, Any]
-    steps: list[dict[str, Any]]
-    events: list[dict[str, Any]]
-
-
-def read_record(folder: Path) -> RunRecord:
-    """Raises: UsageError when `folder` is none of a run. A line that is being written is left out."""
-    metrics = folder / METRICS_FILE
-    if not metrics.is_file():
-        raise UsageError(f"no {METRICS_FILE}", where=str(folder), fix="name the folder of a run")
-    records = [record for line in metrics.read_bytes().splitlines() if (record := _json(line))]
-    return RunRecord(
-        name=folder.resolve().name,
-        run=_json_file(folder / "run.json"),
-        status=_json_file(folder / "status.json"),
-        steps=[record for record in records if "event" not in record and "step" in record],
-        events=[record for record in records if "event" in record],
-    )
+_MARKS = "dashed: cut changed, out of memory, resumed, signal"
 
 
 def write_report(folders: Sequence[Path], path: Path | None = None) -> Path:
@@ -63,13 +36,19 @@ def write_report(folders: Sequence[Path], path: Path | None = None) -> Path:
 def page(records: Sequence[RunRecord]) -> str:
     """The whole page. All text from runs is escaped and cleaned of control characters."""
     title = " and ".join(record.name for record in records)
+    ids = [("course", "Course"), *(("compared", "Compared") for _ in records[1:2])]
+    ids += [(f"run-{number}", record.name) for number, record in enumerate(records, 1)]
+    links = "".join(f'<li><a href="#{name}">{_text(text)}</a></li>' for name, text in ids)
     body = [
-        f"<h1>{_text(title)}</h1>",
+        f"<header><h1>{_text(title)}</h1>",
         *(f'<p class="soft">{_text(_summary(record))}</p>' for record in records),
-        "<h2>Course</h2><main>",
+        f'<nav aria-label="On this page"><ul>{links}</ul></nav></header><main>',
+        '<section id="course" aria-labelledby="course-title"><h2 id="course-title">Course</h2><div class="charts">',
         *(svg(chart) for chart in _charts(records)),
+        "</div></section>",
+        *(_compared(records) for _ in records[1:2]),
+        *(part for number, record in enumerate(records, 1) for part in _details(record, number)),
         "</main>",
-        *(part for record in records for part in _details(record)),
     ]
     head = f"<title>{_text(title)} - LlamaHome</title><style>{_style()}</style>"
     return (
@@ -85,29 +64,21 @@ def _style() -> str:
 
 
 def _summary(record: RunRecord) -> str:
-    words = [f"{record.name}: {record.status.get('state', 'unknown')}"]
+    found = results(record)
+    words = [f"{record.name}: {found.pop('state')}"]
     if record.status.get("code"):
         words.append(str(record.status.get("message")))
-    if record.steps:
-        seconds = sum(step.get("step_seconds") or 0.0 for step in record.steps)
-        words.append(f"step {record.steps[-1]['step']} of {record.run.get('total_steps', '?')} in {duration(seconds)}")
-    losses = [value for _, value in _evaluations(record)]
-    if len(losses) > 1:
-        words.append(f"held-out loss {losses[0]:.4f} before, {losses[-1]:.4f} after")
-    peak = max((step.get("memory_peak_bytes") or 0 for step in record.steps), default=0)
-    if peak:
-        limit = record.run.get("memory_limit_bytes")
-        words.append(f"peak memory {format_bytes(peak)}" + (f" of {format_bytes(limit)}" if limit else ""))
-    return ", ".join(words)
+    shown = {"steps": "step", "held-out loss": "held-out loss", "peak memory": "peak memory"}
+    return ", ".join([*words, *(f"{name} {found[key]}" for key, name in shown.items() if key in found)])
 
 
 def _charts(records: Sequence[RunRecord]) -> Iterator[Chart]:
     marks = _marks(records[0]) if len(records) == 1 else []
     losses = [*_series(records, "loss", "loss"), *_evaluation_lines(records)]
     yield Chart("Loss by step", losses, _number)
-    yield Chart("Memory: peak of each step, and the limit", _memory_lines(records), format_bytes, marks, from_zero=True)
+    yield Chart("Memory: peak of each step, and the limit", _memory_lines(records), format_bytes, marks, _MARKS, True)
     cuts = _series(records, "micro_batch_tokens", "tokens of the largest micro-batch", steps=True)
-    yield Chart("The cut", cuts, _number, marks, from_zero=True)
+    yield Chart("The cut", cuts, _number, marks, _MARKS, True)
     yield Chart("Real tokens per second", _series(records, "tokens_per_second", "tokens/s"), _number, from_zero=True)
     waits = _series(records, "data_wait_seconds", "waiting for data, seconds a step")
     yield Chart("Waiting for data", waits, _number, from_zero=True)
@@ -118,7 +89,7 @@ def _charts(records: Sequence[RunRecord]) -> Iterator[Chart]:
 
 def _series(records: Sequence[RunRecord], key: str, label: str, *, steps: bool = False) -> list[Line]:
     return [
-        Line(_label(records, record, label), _points(record.steps, key), css, steps)
+        Line(_label(records, record, label), points(record.steps, key), css, steps)
         for record, css in zip(records, _COLOURS, strict=False)
     ]
 
@@ -127,14 +98,14 @@ def _evaluation_lines(records: Sequence[RunRecord]) -> list[Line]:
     """Held-out losses, in the next colours: beside one run's loss the second, beside two the third and fourth."""
     colours = _COLOURS[len(records) :] or _COLOURS
     return [
-        Line(_label(records, record, "held-out loss"), _evaluations(record), css)
+        Line(_label(records, record, "held-out loss"), evaluations(record), css)
         for record, css in zip(records, colours, strict=False)
     ]
 
 
 def _memory_lines(records: Sequence[RunRecord]) -> list[Line]:
     limits = [
-        Line(_label(records, record, "limit"), _points(record.steps, "memory_limit_bytes"), "limit")
+        Line(_label(records, record, "limit"), points(record.steps, "memory_limit_bytes"), "limit")
         for record in records
     ]
     return [*_series(records, "memory_peak_bytes", "peak"), *limits]
@@ -144,32 +115,63 @@ def _label(records: Sequence[RunRecord], record: RunRecord, label: str) -> str:
     return clean(label if len(records) == 1 else f"{record.name}: {label}")
 
 
-def _points(rows: Sequence[dict[str, Any]], key: str) -> list[Point]:
-    return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
-
-
-def _evaluations(record: RunRecord) -> list[Point]:
-    before = [event for event in record.events if event.get("event") == "evaluation"]
-    return sorted({**dict(_points(before, "eval_loss")), **dict(_points(record.steps, "eval_loss"))}.items())
-
-
 def _marks(record: RunRecord) -> list[tuple[float, str]]:
     shown = [event for event in record.events if event["event"] in _MARKED and "step" in event]
     return [(event["step"], clean(_event_text(event))) for event in shown]
 
 
-def _details(record: RunRecord) -> Iterator[str]:
-    yield f"<h2>{_text(record.name)}</h2>"
-    if command := record.run.get("command"):
-        yield f'<p>The command:</p><pre tabindex="0">{_text(shlex.join(map(str, command)))}</pre>'
+def _compared(records: Sequence[RunRecord]) -> str:
+    """A column for each run: results and facts, and those settings in which they differ."""
+    measured = _side_by_side([results(record) for record in records])
+    facts = _side_by_side([dict(_facts(record)) for record in records])
+    settings = _side_by_side([
+        {key: json.dumps(value) for key, value in flat(record.run.get("config") or {}).items()} for record in records
+    ])  # fmt: skip
+    differing = [row for row in settings if len(set(row[1:])) > 1]
+    names = [record.name for record in records]
+    return (
+        '<section id="compared" aria-labelledby="compared-title"><h2 id="compared-title">Compared</h2>'
+        f"{_table('Results', measured, names)}{_table('Facts', facts, names)}"
+        f"{_table('Settings that differ', differing, names)}</section>"
+    )
+
+
+def _side_by_side(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [(name, *(column.get(name, "") for column in columns)) for name in names]
+
+
+def _details(record: RunRecord, number: int) -> Iterator[str]:
+    yield f'<section id="run-{number}" aria-labelledby="run-{number}-title">'
+    yield f'<h2 id="run-{number}-title">{_text(record.name)}</h2>'
+    yield _samples(record)
+    yield _block("The command", typed(record))
+    yield _block("The same again, from its settings alone", reproduce(record))
+    yield _table("Results", list(results(record).items()))
     yield _table("Facts", _facts(record))
     data = record.run.get("data")
     if isinstance(data, dict) and isinstance(data.get("lengths"), dict):
-        rows = [(f"up to {length} tokens", f"{count:,}") for length, count in data["lengths"].items()]
-        yield _table("Samples by length", rows)
-    yield _table("Events", [(f"step {e.get('step', '?')}", _event_text(e)) for e in record.events[-_EVENTS_SHOWN:]])
+        rows = [(f"up to {int(length):,}", int(count)) for length, count in data["lengths"].items()]
+        yield bars(Bars("Samples by length in tokens", rows, "samples"))
+    shown = record.events[-_EVENTS_SHOWN:]
+    events = [(f"step {e.get('step', '?')}", _event_text(e)) for e in shown if e["event"] != "sample"]
+    yield _folded("Events", _table("", events)) if events else ""
     settings = json.dumps(record.run.get("config", {}), indent=2, ensure_ascii=False)
-    yield f'<details><summary>All settings</summary><pre tabindex="0">{_lines(settings)}</pre></details>'
+    yield _folded("All settings", f'<pre tabindex="0">{_lines(settings)}</pre>')
+    yield "</section>"
+
+
+def _samples(record: RunRecord) -> str:
+    """The answer to one prompt before the first step and after the last, and the one in the data."""
+    found = record.named("sample")
+    if not found:
+        return ""
+    first, last = found[0], found[-1]
+    rows = [("prompt", str(last.get("prompt", ""))), ("before", str(first.get("answer", "")))]
+    rows += [("after", str(last.get("answer", "")))] if last is not first else []
+    rows += [("in the data", str(last.get("wanted", "")))]
+    cells = "".join(f'<tr><th scope="row">{name}</th><td class="said">{_lines(text)}</td></tr>' for name, text in rows)
+    return f'<div class="wide"><table><caption>A sample, {_text(str(last.get("place")))}</caption>{cells}</table></div>'
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
@@ -188,17 +190,31 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("git_revision", "git revision", str),
     )
     rows = [(name, show(run[key])) for key, name, show in keys if run.get(key) is not None]
-    versions = run.get("versions")
-    if isinstance(versions, dict):
-        rows.append(("versions", ", ".join(f"{name} {number}" for name, number in versions.items() if number)))
-    return rows
+    lists = [(name, run[name]) for name in ("versions", "hardware") if isinstance(run.get(name), dict)]
+    return rows + [
+        (name, ", ".join(f"{key} {value}" for key, value in found.items() if value)) for name, found in lists
+    ]
 
 
-def _table(title: str, rows: Sequence[tuple[str, str]]) -> str:
+def _table(title: str, rows: Sequence[tuple[str, ...]], columns: Sequence[str] = ()) -> str:
     if not rows:
         return ""
-    cells = "".join(f'<tr><th scope="row">{_text(name)}</th><td>{_text(value)}</td></tr>' for name, value in rows)
-    return f'<h3>{_text(title)}</h3><div class="wide"><table>{cells}</table></div>'
+    names = "".join(f'<th scope="col">{_text(name)}</th>' for name in columns)
+    head = f"<thead><tr><td></td>{names}</tr></thead>" if columns else ""
+    cells = "".join(
+        f'<tr><th scope="row">{_text(name)}</th>{"".join(f"<td>{_text(value)}</td>" for value in values)}</tr>'
+        for name, *values in rows
+    )
+    caption = f"<caption>{_text(title)}</caption>" if title else ""
+    return f'<div class="wide"><table>{caption}{head}<tbody>{cells}</tbody></table></div>'
+
+
+def _block(title: str, text: str) -> str:
+    return f'<h3>{title}</h3><pre tabindex="0">{_text(text)}</pre>' if text else ""
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{title}</summary>{content}</details>"
 
 
 def _event_text(event: dict[str, Any]) -> str:
@@ -224,15 +240,3 @@ def _text(text: str) -> str:
 
 def _lines(text: str) -> str:
     return escape(clean(text, keep="\n"))
-
-
-def _json(line: bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(line)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _json_file(path: Path) -> dict[str, Any]:
-    return _json(path.read_bytes()) if path.is_file() else {}

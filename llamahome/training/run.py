@@ -30,6 +30,7 @@ from llamahome.training.parallel import Place, explained, open_place
 from llamahome.training.preflight import preflight
 from llamahome.training.recovery import rewind
 from llamahome.training.rundir import RunFolder, State, read_run
+from llamahome.training.sample import sample
 from llamahome.training.saving import export, save
 from llamahome.training.setup import Assembled, assemble
 from llamahome.training.signals import StopSignal
@@ -202,6 +203,8 @@ def _go(run: Run, signals: StopSignal) -> None:
     if not run.place.ranks.several:
         for event in preflight(run.config, run.parts, run.folder):
             _event(run, event)
+    if state.step == 0:
+        _sampled(run)
     _forget_peak(run)
     _stop_here(run, signals)
     call_all(run.callbacks, "train_begin", run.loop, {})
@@ -226,6 +229,7 @@ def _go(run: Run, signals: StopSignal) -> None:
             _save(run)
         if not last:
             _stop_here(run, signals)
+    _sampled(run)
     _export(run, "final")
     call_all(run.callbacks, "train_end", run.loop, {})
 
@@ -264,6 +268,12 @@ def _evaluate(run: Run) -> Evaluation:
     )  # fmt: skip
     _forget_peak(run)
     return evaluation
+
+
+def _sampled(run: Run) -> None:
+    """A sample answered by the model as it is, where somebody looks on."""
+    if run.view and not run.place.ranks.several:
+        _event(run, sample(run.parts))
 
 
 def _forget_peak(run: Run) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llamahome.config import Config
 from llamahome.errors import UsageError
+from llamahome.monitor.record import reproduce
 from llamahome.monitor.report import page, read_record, write_report
 
 HOSTILE = "<script>alert(1)</script>\x1b[2J\u202e&\"'"
@@ -26,7 +31,9 @@ def write_run(folder: Path, loss: float = 2.0, **run: Any) -> Path:
     steps[-1]["eval_loss"] = 0.75
     events = [
         {"event": "evaluation", "step": 0, "eval_loss": 1.5},
+        {"event": "sample", "step": 0, "place": "rows.csv:7", "prompt": "Why?", "answer": HOSTILE, "wanted": "So."},
         {"event": "cut_changed", "step": 2, "from": 512, "to": 256, "reason": HOSTILE},
+        {"event": "sample", "step": 4, "place": "rows.csv:7", "prompt": "Why?", "answer": "So!", "wanted": "So."},
     ]
     lines = [json.dumps(line) for line in (*events, *steps)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')  # a line that is being written
@@ -34,6 +41,9 @@ def write_run(folder: Path, loss: float = 2.0, **run: Any) -> Path:
     (folder / "run.json").write_text(json.dumps({**content, "config": {"model": {"name": HOSTILE}}, **run}))
     (folder / "status.json").write_text(json.dumps({"state": "done", "code": 0, "message": ""}))
     return folder
+
+
+VOID = ("meta", "path", "circle", "polyline", "rect")
 
 
 class Tags(HTMLParser):
@@ -47,11 +57,11 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.append((tag, dict(attrs)))
-        if tag not in ("meta", "path", "circle", "polyline"):
+        if tag not in VOID:
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag not in ("path", "circle", "polyline"):
+        if tag not in VOID:
             assert self.open.pop() == tag
 
 
@@ -71,7 +81,12 @@ def test_it_needs_nothing_else_and_runs_nothing(tmp_path: Path) -> None:
     assert tags.open == []
     names = {name for name, _ in tags.seen}
     assert not names & {"script", "link", "img", "iframe", "object", "form"}
-    assert not any(key.startswith("on") or key in ("src", "href") for _, attributes in tags.seen for key in attributes)
+    attributes = [pair for _, found in tags.seen for pair in found.items()]
+    assert not any(key.startswith("on") or key == "src" for key, _ in attributes)
+    inside = {value for key, value in attributes if key == "id"}
+    targets = [str(value) for key, value in attributes if key == "href"]
+    assert targets
+    assert {target.removeprefix("#") for target in targets} <= inside
 
 
 def test_text_from_a_run_is_only_text(tmp_path: Path) -> None:
@@ -88,6 +103,42 @@ def test_two_runs_stand_in_one_picture(tmp_path: Path) -> None:
     assert "first: loss" in text
     assert "second: loss" in text
     assert text.count("<figure>") == 7
+    for name in ("first", "second"):
+        assert f'<th scope="col">{name}</th>' in text
+    assert "Settings that differ" not in text
+
+
+def test_settings_that_differ_stand_beside_each_other(tmp_path: Path) -> None:
+    configs = [{"lora": {"rank": rank}, "training": {"seed": 1}} for rank in (8, 32)]
+    folders = [write_run(tmp_path / f"r{number}", config=config) for number, config in enumerate(configs)]
+    text = write_report(folders).read_text()
+    table = text.partition("Settings that differ")[2].partition("</table>")[0]
+    assert '<th scope="row">lora.rank</th><td>8</td><td>32</td>' in table
+    assert "training.seed" not in table
+
+
+def test_a_sample_is_shown_before_and_after(tmp_path: Path) -> None:
+    text = page([read_record(write_run(tmp_path / "run"))])
+    shown = re.findall(r'<td class="said">([^<]*)</td>', text)
+    assert [shown[0], *shown[2:]] == ["Why?", "So!", "So."]
+    assert "alert(1)" in shown[1]
+
+
+def test_every_picture_of_lines_has_its_figures_as_a_table(tmp_path: Path) -> None:
+    data = {"lengths": {"64": 10, "128": 3}}
+    text = page([read_record(write_run(tmp_path / "run", data=data))])
+    assert text.count("<summary>Figures: ") == text.count("<polyline") - 2 == 7  # two with a second line
+    assert '<th scope="row">4</th><td>0.5</td><td>0.75</td>' in text
+    assert "Samples by length in tokens. up to 64: 10 samples; up to 128: 3 samples" in text
+
+
+def test_the_settings_alone_give_the_command(tmp_path: Path) -> None:
+    config = Config.load(None, {"data.path": "my rows.csv", "lora.rank": 4, "training.memory_limit": "2GB"}).to_dict()
+    command = reproduce(read_record(write_run(tmp_path / "run", config=config)))
+    words = shlex.split(command)
+    assert words[:4] == ["llamahome", "train", "--output", "output/again"]
+    again = Config.load(None, [value for option, value in pairwise(words) if option == "--set"])
+    assert again.to_dict() == config
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
