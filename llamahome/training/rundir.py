@@ -27,7 +27,7 @@ from llamahome.monitor.sinks import METRICS_FILE
 State = Literal["running", "done", "stopped", "failed"]
 STATUS_FILE = "status.json"
 # What a run leaves that ended before its first checkpoint.
-_UNFINISHED = {".lock", STATUS_FILE, "run.json", METRICS_FILE, REPORT_FILE, "tensorboard", BUDGET_FILE}
+_UNFINISHED = {".lock", STATUS_FILE, "run.json", METRICS_FILE, REPORT_FILE, "tensorboard", BUDGET_FILE, "failures"}
 _PACKAGES = ("llamahome", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
 
 
