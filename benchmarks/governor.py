@@ -91,14 +91,17 @@ def main() -> None:
 def compare_plans(cases: list[tuple[str, int, int, dict[str, Any]]], say: Any) -> dict[str, Any]:
     """Peak of each case's steps against its plan."""
     errors = []
-    for model, samples, length, settings in cases:
-        found = spawn({"model": model, "samples": samples, "length": length, "settings": settings})
-        if "error" in found:
-            say(f"{model} {samples} x {length} {settings}: {found['error']}")
-            continue
-        errors.append(found["planned"] / found["peak"] - 1)
-        say(f"{model} {samples} x {length} {settings}: planned {found['planned'] / 1e6:.0f} MB, measured "
-            f"{found['peak'] / 1e6:.0f} MB ({errors[-1]:+.1%}); slack {found['slack']:.2f}")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = tiny_model(Path(folder)) if any(model == "tiny" for model, *_ in cases) else ""
+        for model, samples, length, settings in cases:
+            name = tiny if model == "tiny" else model
+            found = spawn({"model": name, "samples": samples, "length": length, "settings": settings})
+            if "error" in found:
+                say(f"{model} {samples} x {length} {settings}: {found['error']}")
+                continue
+            errors.append(found["planned"] / found["peak"] - 1)
+            say(f"{model} {samples} x {length} {settings}: planned {found['planned'] / 1e6:.0f} MB, measured "
+                f"{found['peak'] / 1e6:.0f} MB ({errors[-1]:+.1%}); slack {found['slack']:.2f}")  # fmt: skip
     return {"plan_error_max": max(map(abs, errors)), "plans": len(errors)}
 
 
@@ -173,7 +176,7 @@ def child(case: dict[str, Any]) -> dict[str, Any]:
             "data.max_length": length,
             "data.validation_split": 0.0,
             "data.train_on": "all",
-            "model.name": tiny_model(Path(folder, "tiny")) if case["model"] == "tiny" else None,
+            "model.name": None if case["model"] == "smollm2" else case["model"],
             "training.output": str(Path(folder, "run")),
             "training.memory_limit": "100%",
             "training.batch_size": samples or "auto",

@@ -17,7 +17,6 @@ pytestmark = [
     pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_DATA as Linux counts it"),
 ]  # fmt: skip
 CASE: dict[str, Any] = {"samples": 0, "length": 256, "settings": {}, "steps": 3, "global": 8}
-TINY, SMOLLM2 = CASE | {"model": "tiny"}, CASE | {"model": "smollm2"}
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +31,29 @@ def script() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def minimum(script: ModuleType) -> int:
-    found: int = script.spawn({**TINY, "steps": 0})["minimum"]
-    return found
+def small(script: ModuleType, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A case of a model with eight layers, 512 wide, and the smallest limit for it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("small")
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=4,
+    )).save_pretrained(folder)  # fmt: skip
+    tiny_tokenizer.save_pretrained(folder)
+    case = CASE | {"model": str(folder)}
+    return case | {"minimum": script.spawn({**case, "steps": 0})["minimum"]}
 
 
-@pytest.mark.parametrize(("share", "beside"), [(1.15, False), (1.5, False), (3.0, False), (1.5, True)])
-def test_a_run_finishes_within_its_limit(script: ModuleType, minimum: int, share: float, beside: bool) -> None:
+@pytest.mark.parametrize(("share", "beside"), [(1.15, False), (1.5, True), (3.0, False)])
+def test_a_run_finishes_within_its_limit(
+    script: ModuleType, small: dict[str, Any], share: float, beside: bool
+) -> None:  # fmt: skip
     """Also beside a process that takes and frees memory."""
     other = subprocess.Popen([sys.executable, "-c", script.COMPETITOR]) if beside else None
     try:
-        limit = int(share * minimum)
-        found = script.spawn({**TINY, "limit": limit})
+        limit = int(share * small["minimum"])
+        found = script.spawn({**small, "limit": limit})
     finally:
         if other is not None:
             other.kill()
@@ -53,10 +63,11 @@ def test_a_run_finishes_within_its_limit(script: ModuleType, minimum: int, share
 
 
 def test_less_ends_with_code_5_before_training_and_says_what_would_do(script: ModuleType) -> None:
-    """SmolLM2, since what is missing of a tiny model is less than the process itself needs."""
-    minimum = script.spawn({**SMOLLM2, "steps": 0})["minimum"]
+    """SmolLM2, since what is missing of a small model is less than the process itself needs."""
+    smollm2 = CASE | {"model": "smollm2"}
+    minimum = script.spawn({**smollm2, "steps": 0})["minimum"]
     started = time.perf_counter()
-    found = script.spawn({**SMOLLM2, "limit": int(0.8 * minimum)})
+    found = script.spawn({**smollm2, "limit": int(0.8 * minimum)})
     assert found["code"] == 5, found
     assert time.perf_counter() - started < 60  # seconds on a quiet machine: no weight has been read
     number, unit = re.search(r"raise training\.memory_limit to ([\d.]+) (GB|MB)", found["error"]).groups()  # type: ignore[union-attr]
