@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from llamahome.kernels.launch import StaticCase
+from llamahome.kernels.launch import LaunchConfig, StaticCase, candidates
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 
@@ -26,3 +27,18 @@ def static_case(
         for argument in kernel.arg_names
     }
     return StaticCase(name, kernel, signature, constants | absent, num_warps, num_stages, archs)
+
+
+def table_cases(
+    name: str, kernel: Any, types: str, row: tuple[str, str], constants: Callable[[LaunchConfig], dict[str, Any]]
+) -> list[StaticCase]:
+    """A case for each architecture, launched as the row (kernel, shape class) of the launch table says."""
+    cases = []
+    for arch in ARCHS:
+        (config,) = candidates(*row, arch)  # a second one would need a name of its own
+        given = {"num_warps": config.num_warps, "num_stages": config.num_stages} | constants(config)
+        warps, stages = given["num_warps"], given["num_stages"]
+        cases.append(
+            static_case(f"{name}_{arch}", kernel, types, given, num_warps=warps, num_stages=stages, archs=(arch,))
+        )
+    return cases

@@ -91,23 +91,27 @@ def is_aligned(x: Tensor) -> bool:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x, or a dense copy where a kernel would load it narrowly.
+    """x, or a dense copy where a kernel would load it narrowly and the copy would not.
 
     One misaligned operand costs all asynchronous copies and hundreds of spilled bytes; a copy is one read and one
-    write. A row that is no multiple of 16 bytes long stays so: the launch is right, and slower.
+    write. A dense row that is no multiple of 16 bytes long stays so: the launch is right, and slower.
     """
-    return x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
+    dense = x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0
+    return x if dense or is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 _INTERPRETED = LaunchConfig(32, 32, 4, 1)  # small tiles: small inputs meet every edge
 _OLDER = ("sm_80", "sm_86", "sm_89")
 _NEWER = ("sm_90", "sm_100")
 _ALL = (*_OLDER, *_NEWER, "gfx942")
+_EVERY = (*_ALL, INTERPRETER)  # of small kernels, whose production tiles the interpreter is fast enough for
 
 
 def _c(*configs: tuple[int, int, int, int]) -> tuple[LaunchConfig, ...]:
     return tuple(LaunchConfig(*config) for config in configs)
 
+
+_POWERS = tuple(2**i for i in range(18))
 
 # (kernel, shape class, architectures, the configuration, then what tuning tries besides it). Chosen by compiled code:
 # in 16 bits no spilled register on sm_90 and sm_100, none in a hot loop elsewhere, tensor-core instructions of the
@@ -127,7 +131,8 @@ _ROWS: tuple[tuple[str, str, tuple[str, ...], tuple[LaunchConfig, ...]], ...] = 
     ("attention_forward", "pointers256", _NEWER, _c((128, 32, 8, 2))),
     ("attention_forward", "pointers256", ("gfx942",), _c((64, 32, 4, 1))),
     ("attention_dq", "tma64", _NEWER, _c((128, 64, 8, 2), (128, 128, 8, 2))),
-    ("attention_dq", "tma128", _NEWER, _c((128, 64, 8, 2), (64, 64, 4, 2))),
+    ("attention_dq", "tma128", ("sm_90",), _c((128, 64, 8, 2), (64, 64, 4, 2))),
+    ("attention_dq", "tma128", ("sm_100",), _c((128, 64, 8, 2))),
     ("attention_dq", "tma256", _NEWER, _c((128, 32, 8, 2))),
     ("attention_dq", "pointers64", _OLDER, _c((64, 32, 4, 2), (64, 64, 4, 2))),
     ("attention_dq", "pointers64", _NEWER, _c((128, 64, 8, 2))),
@@ -138,7 +143,8 @@ _ROWS: tuple[tuple[str, str, tuple[str, ...], tuple[LaunchConfig, ...]], ...] = 
     ("attention_dq", "pointers256", ("sm_90",), _c((64, 32, 8, 2))),
     ("attention_dq", "pointers256", ("sm_100",), _c((64, 32, 8, 1))),
     ("attention_dq", "pointers256", ("gfx942",), _c((64, 32, 4, 1))),
-    ("attention_dkv", "tma64", _NEWER, _c((64, 128, 8, 2), (32, 128, 8, 2))),
+    ("attention_dkv", "tma64", ("sm_90",), _c((64, 128, 8, 2), (32, 128, 8, 2))),
+    ("attention_dkv", "tma64", ("sm_100",), _c((64, 128, 8, 2))),
     ("attention_dkv", "tma128", _NEWER, _c((64, 128, 8, 2), (32, 128, 8, 2))),
     ("attention_dkv", "tma128_softcap", _NEWER, _c((32, 128, 8, 2))),
     ("attention_dkv", "tma256", ("sm_90",), (LaunchConfig(32, 64, 8, 2, split=True),)),
@@ -154,6 +160,18 @@ _ROWS: tuple[tuple[str, str, tuple[str, ...], tuple[LaunchConfig, ...]], ...] = 
     *((f"attention_{kernel}", "fp32_128", _ALL, _c((32, 32, 8, 1))) for kernel in ("forward", "dkv")),
     ("attention_dq", "fp32_128", _ALL, _c((16, 16, 8, 1))),
     *((f"attention_{kernel}", "fp32_256", _ALL, _c((16, 16, 8, 1))) for kernel in ("forward", "dq", "dkv")),
+    # Bound by memory, at full width everywhere: nothing is left to tune. Of rms_norm a class is a row's length, rounded
+    # up to a power of two; a program holds whole rows, at least 2,048 numbers, and a warp at most 512 where it can.
+    *(("rms_norm", str(n), _EVERY, _c((max(1, 2048 // n), n, min(16, max(4, n // 512)), 3))) for n in _POWERS),
+    ("add_rms_norm", "lora", _EVERY, _c((16, 128, 4, 2))),
+    ("rope", "heads", _EVERY, _c((32, 0, 4, 3))),  # heads of one token; fewer warps where there are fewer numbers
+    ("rope", "lora", _EVERY, _c((64, 0, 8, 3))),  # tokens of one head: the fewest that use an H100's tensor cores
+    ("gated", "rows", _EVERY, _c((1, 2048, 4, 3))),  # 128-bit accesses for 128 threads, or AMD's 256
+    ("gated", "lora", _EVERY, _c((64, 64, 8, 3))),  # four warps take twice the registers
+    ("cross_entropy", "columns", _EVERY, _c((1, 4096, 8, 3))),  # 64 registers on sm_90; 8,192 columns take 127
+    ("lora_linear", "few_rows", _EVERY, _c((64, 32, 4, 4))),  # narrow, so that all processors stream rows of W
+    ("lora_linear", "few_rows_nf4", _EVERY, _c((64, 32, 4, 3))),
+    ("nf4_dequantize", "bytes", _EVERY, _c((1, 4096, 4, 3))),  # a wide load or two for each of 128 threads
 )
 _CONFIGS = {(kernel, shape, arch): configs for kernel, shape, archs, configs in _ROWS for arch in archs}
 
@@ -163,10 +181,15 @@ def default_config(kernel: str, shape: str, arch: str) -> LaunchConfig:
     return candidates(kernel, shape, arch)[0]
 
 
+def config_for(kernel: str, shape: str, x: Tensor) -> LaunchConfig:
+    """The table's row for the device of x."""
+    return default_config(kernel, shape, architecture(x.device))
+
+
 def candidates(kernel: str, shape: str, arch: str) -> tuple[LaunchConfig, ...]:
     """The default configuration and what tuning tries besides it; the static gate compiles all of them."""
     if arch == INTERPRETER:
-        return (_INTERPRETED,)
+        return _CONFIGS.get((kernel, shape, arch), (_INTERPRETED,))
     arch = _nearest(arch)
     return _CONFIGS.get((kernel, shape, arch)) or _CONFIGS[kernel, shape.removesuffix("_softcap"), arch]
 

@@ -116,7 +116,7 @@ def _is_small(x: Tensor, lora: LoraWeights) -> bool:
         return False
     from llamahome.kernels.lora_triton import fits
 
-    few: bool = fits(x)
+    few: bool = fits(x, lora.weight)
     return few
 
 

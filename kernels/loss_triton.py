@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llamahome.kernels.cases import static_case
-from llamahome.kernels.launch import StaticCase
+from llamahome.kernels.cases import table_cases
+from llamahome.kernels.launch import LaunchConfig, StaticCase, config_for
 
-_COLUMNS = 4096  # of one tile at most: 16 for each thread, 64 registers on sm_90 where 8,192 take 127
+_ROW = "cross_entropy", "columns"  # of the launch table
 _FAR = -1e30  # below any logit; minus infinity would make differences that are not numbers
 
 
@@ -120,29 +120,29 @@ def cross_entropy(
     rows, size = z.shape
     loss = torch.empty(rows, dtype=torch.float32, device=z.device)
     if rows:
-        _cross_entropy[(rows,)](
-            z, labels.contiguous(), loss, factor, size, z.stride(0), logit_scale, softcap, label_smoothing, z_loss,
-            IGNORE=ignore_index, SOFTCAP=softcap != 0, SMOOTHING=label_smoothing != 0, GRADIENT=gradient,
-            FACTOR=factor is not None,
-            **_tile(size),
-        )  # fmt: skip
+        with torch.cuda.device_of(z):
+            _cross_entropy[(rows,)](
+                z, labels.contiguous(), loss, factor, size, z.stride(0), logit_scale, softcap, label_smoothing, z_loss,
+                IGNORE=ignore_index, SOFTCAP=softcap != 0, SMOOTHING=label_smoothing != 0, GRADIENT=gradient,
+                FACTOR=factor is not None, **_constants(config_for(*_ROW, z), size),
+            )  # fmt: skip
     return loss
 
 
-def _tile(size: int) -> dict[str, int]:
-    columns = min(_COLUMNS, triton.next_power_of_2(size))
-    return {"FAR": _FAR, "COLUMNS": columns, "num_warps": max(1, min(8, columns // 512))}
+def _constants(config: LaunchConfig, size: int) -> dict[str, int | float]:
+    columns = min(config.block_n, triton.next_power_of_2(size))
+    warps = max(1, min(config.num_warps, columns // 512))
+    return {"FAR": _FAR, "COLUMNS": columns, "num_warps": warps, "num_stages": config.num_stages}
 
 
 def static_cases() -> list[StaticCase]:
     """Llama 3's vocabulary, plainly; Gemma's, with everything on."""
     types = "*bf16 *i64 *fp32 {} i32 i32 fp32 fp32 fp32 fp32"
-    tile = _tile(128256)
     plain = {"IGNORE": -100, "SOFTCAP": False, "SMOOTHING": False, "GRADIENT": True, "FACTOR": False}
     full = plain | {"SOFTCAP": True, "SMOOTHING": True, "FACTOR": True}
     return [
-        static_case("cross_entropy", _cross_entropy, types.format("-"), plain | tile, num_warps=tile["num_warps"]),
-        static_case(
-            "cross_entropy full", _cross_entropy, types.format("*fp32"), full | tile, num_warps=tile["num_warps"]
+        *table_cases("cross_entropy", _cross_entropy, types.format("-"), _ROW, lambda c: plain | _constants(c, 128256)),
+        *table_cases(
+            "cross_entropy full", _cross_entropy, types.format("*fp32"), _ROW, lambda c: full | _constants(c, 128256)
         ),
     ]

@@ -6,21 +6,18 @@ are in registers: no pass over [T, f] of its own, and one rounding fewer than ad
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llamahome.kernels.cases import static_case
-from llamahome.kernels.launch import StaticCase
+from llamahome.kernels.cases import table_cases
+from llamahome.kernels.launch import LaunchConfig, StaticCase, aligned, config_for
 from llamahome.kernels.low_rank_triton import low_rank, padded
 from llamahome.kernels.mlp import GatedLora
 from llamahome.kernels.norm_triton import rows_of
-
-_COLUMNS = 2048  # of one row, without LoRA: 128-bit accesses for 128 threads, or AMD's 256
-_SQUARE, _SQUARE_WARPS = 64, 8  # rows and columns of a tile with LoRA; four warps take twice the registers
 
 
 @triton.jit
@@ -35,30 +32,9 @@ def _forward(
     e = tl.load(e_ptr + row[:, None] * e_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + row[:, None] * g_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if RANK:
-        e += low_rank(
-            xa_gate_ptr,
-            b_gate_ptr,
-            row,
-            column.to(tl.int64),
-            row < rows,
-            column < size,
-            rank,
-            xa_gate_stride,
-            scaling_gate,
-            RANK,
-        )
-        g += low_rank(
-            xa_up_ptr,
-            b_up_ptr,
-            row,
-            column.to(tl.int64),
-            row < rows,
-            column < size,
-            rank,
-            xa_up_stride,
-            scaling_up,
-            RANK,
-        )
+        here, known = row < rows, column < size
+        e += low_rank(xa_gate_ptr, b_gate_ptr, row, column, here, known, rank, xa_gate_stride, scaling_gate, RANK)
+        g += low_rank(xa_up_ptr, b_up_ptr, row, column, here, known, rank, xa_up_stride, scaling_up, RANK)
     h = e * _gate(e, GELU)[0] * g
     tl.store(h_ptr + row[:, None] * size + column[None, :], h.to(h_ptr.dtype.element_ty), mask=inside)
 
@@ -76,30 +52,9 @@ def _backward(
     e = tl.load(e_ptr + row[:, None] * e_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + row[:, None] * g_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if RANK:
-        e += low_rank(
-            xa_gate_ptr,
-            b_gate_ptr,
-            row,
-            column.to(tl.int64),
-            row < rows,
-            column < size,
-            rank,
-            xa_gate_stride,
-            scaling_gate,
-            RANK,
-        )
-        g += low_rank(
-            xa_up_ptr,
-            b_up_ptr,
-            row,
-            column.to(tl.int64),
-            row < rows,
-            column < size,
-            rank,
-            xa_up_stride,
-            scaling_up,
-            RANK,
-        )
+        here, known = row < rows, column < size
+        e += low_rank(xa_gate_ptr, b_gate_ptr, row, column, here, known, rank, xa_gate_stride, scaling_gate, RANK)
+        g += low_rank(xa_up_ptr, b_up_ptr, row, column, here, known, rank, xa_up_stride, scaling_up, RANK)
     open_, bend = _gate(e, GELU)
     active = e * open_
     to = row[:, None] * size + column[None, :]
@@ -127,12 +82,13 @@ def forward(e: Tensor, g: Tensor, activation: str, lora: GatedLora | None) -> Te
     h = torch.empty(e.shape, dtype=e.dtype, device=e.device)
     if h.numel():
         update = _update(lora)
-        grid, shape = _grid(e_rows, update.rank)
-        _forward[grid](
-            e_rows, g_rows, *update.tensors, h, *e_rows.shape, update.rank,
-            e_rows.stride(0), g_rows.stride(0), *update.strides, *update.scalings,
-            GELU=activation == "gelu_tanh", **shape,
-        )  # fmt: skip
+        config = config_for("gated", "lora" if update.rank else "rows", e)
+        with torch.cuda.device_of(e):
+            _forward[_grid(e_rows, config)](
+                e_rows, g_rows, *update.tensors, h, *e_rows.shape, update.rank,
+                e_rows.stride(0), g_rows.stride(0), *update.strides, *update.scalings,
+                GELU=activation == "gelu_tanh", **_constants(config, update.rank),
+            )  # fmt: skip
     return h
 
 
@@ -144,12 +100,13 @@ def backward(
     h, de, dg = (torch.empty(e.shape, dtype=x.dtype, device=e.device) for x in (e, e, g))
     if h.numel():
         update = _update(lora)
-        grid, shape = _grid(e_rows, update.rank)
-        _backward[grid](
-            dh_rows, e_rows, g_rows, *update.tensors, h, de, dg, *e_rows.shape, update.rank,
-            dh_rows.stride(0), e_rows.stride(0), g_rows.stride(0), *update.strides, *update.scalings,
-            GELU=activation == "gelu_tanh", **shape,
-        )  # fmt: skip
+        config = config_for("gated", "lora" if update.rank else "rows", e)
+        with torch.cuda.device_of(e):
+            _backward[_grid(e_rows, config)](
+                dh_rows, e_rows, g_rows, *update.tensors, h, de, dg, *e_rows.shape, update.rank,
+                dh_rows.stride(0), e_rows.stride(0), g_rows.stride(0), *update.strides, *update.scalings,
+                GELU=activation == "gelu_tanh", **_constants(config, update.rank),
+            )  # fmt: skip
     return h, de, dg
 
 
@@ -168,36 +125,40 @@ def _update(lora: GatedLora | None) -> _Update:
     xa_gate, b_gate, xa_up, b_up, *scalings = lora
     xa_gate, xa_up = rows_of(xa_gate), rows_of(xa_up)
     return _Update(
-        (xa_gate, b_gate.contiguous(), xa_up, b_up.contiguous()),
+        (xa_gate, aligned(b_gate.contiguous()), xa_up, aligned(b_up.contiguous())),
         (xa_gate.stride(0), xa_up.stride(0)), (scalings[0], scalings[1]), b_gate.shape[1],
     )  # fmt: skip
 
 
-def _grid(e: Tensor, rank: int) -> tuple[tuple[int, int], dict[str, int]]:
-    padded_rank = padded(rank) if rank else 0
-    rows, columns = (_SQUARE, _SQUARE) if rank else (1, _COLUMNS)
-    shape = {"RANK": padded_rank, "ROWS": rows, "COLUMNS": columns, "num_warps": _SQUARE_WARPS if rank else 4}
-    return (triton.cdiv(e.shape[0], rows), triton.cdiv(e.shape[1], columns)), shape
+def _grid(rows: Tensor, config: LaunchConfig) -> tuple[int, int]:
+    return triton.cdiv(rows.shape[0], config.block_m), triton.cdiv(rows.shape[1], config.block_n)
+
+
+def _constants(config: LaunchConfig, rank: int) -> dict[str, int]:
+    return {
+        "RANK": padded(rank) if rank else 0, "ROWS": config.block_m, "COLUMNS": config.block_n,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
 
 
 def static_cases() -> list[StaticCase]:
     """SwiGLU and GeGLU alone, and SwiGLU with an absorbed LoRA update of rank 16 and 64."""
-    row = {"RANK": 0, "ROWS": 1, "COLUMNS": _COLUMNS}
-    square = {"GELU": False, "ROWS": _SQUARE, "COLUMNS": _SQUARE}
     sizes = "i32 i32 i32 i32 i32 i32 i32"
     forward = f"*bf16 *bf16 {{}} *bf16 {sizes} fp32 fp32"
     backward = f"*bf16 *bf16 *bf16 {{}} *bf16 *bf16 *bf16 i32 {sizes} fp32 fp32"
-    absent, present = "- - - -", "*bf16 *bf16 *bf16 *bf16"
-    return [
-        static_case("swiglu", _forward, forward.format(absent), row | {"GELU": False}, num_warps=4),
-        static_case("geglu", _forward, forward.format(absent), row | {"GELU": True}, num_warps=4),
-        static_case("swiglu_backward", _backward, backward.format(absent), row | {"GELU": False}, num_warps=4),
-        static_case("geglu_backward", _backward, backward.format(absent), row | {"GELU": True}, num_warps=4),
-        *(
-            static_case(
-                f"{name} lora {rank}", kernel, types.format(present), square | {"RANK": rank}, num_warps=_SQUARE_WARPS
-            )
-            for rank in (16, 64)
-            for name, kernel, types in (("swiglu", _forward, forward), ("swiglu_backward", _backward, backward))
-        ),
-    ]
+    cases = []
+    for name, kernel, types in (("{}", _forward, forward), ("{}_backward", _backward, backward)):
+        for unit, gelu in (("swiglu", False), ("geglu", True)):
+            cases += _cases(name.format(unit), kernel, types.format("- - - -"), gelu, 0)
+        for rank in (16, 64):
+            absorbing = types.format("*bf16 *bf16 *bf16 *bf16")
+            cases += _cases(f"{name.format('swiglu')} lora {rank}", kernel, absorbing, False, rank)
+    return cases
+
+
+def _cases(name: str, kernel: Any, types: str, gelu: bool, rank: int) -> list[StaticCase]:
+    row = "gated", "lora" if rank else "rows"
+    cases: list[StaticCase] = table_cases(
+        name, kernel, types, row, lambda config: {"GELU": gelu} | _constants(config, rank)
+    )
+    return cases

@@ -11,14 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llamahome.kernels.cases import static_case
-from llamahome.kernels.launch import StaticCase
+from llamahome.kernels.cases import table_cases
+from llamahome.kernels.launch import LaunchConfig, StaticCase, aligned, config_for
 from llamahome.kernels.low_rank import LowRank
 from llamahome.kernels.low_rank_triton import low_rank, operands, padded
 from llamahome.kernels.norm import empty_output
 from llamahome.kernels.norm_triton import rows_of, scale
-
-_ROWS, _COLUMNS, _WARPS, _STAGES = 16, 128, 4, 2
 
 
 @triton.jit
@@ -63,25 +61,32 @@ def forward(
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     if count:
         xa, b, rank, xa_stride, scaling = operands(update)
-        _add_norm_lora[(triton.cdiv(count, _ROWS),)](
-            flat, others, weight.contiguous(), xa, b, y, summed, rstd, count, size,
-            flat.stride(0), others.stride(0), rank, xa_stride, scaling, eps, offset,
-            SCALE_WIDE=bool(offset), **_tile(rank), num_warps=_WARPS, num_stages=_STAGES,
-        )  # fmt: skip
+        config = config_for("add_rms_norm", "lora", x)
+        with torch.cuda.device_of(x):
+            _add_norm_lora[(triton.cdiv(count, config.block_m),)](
+                flat, others, aligned(weight), xa, b, y, summed, rstd, count, size,
+                flat.stride(0), others.stride(0), rank, xa_stride, scaling, eps, offset,
+                SCALE_WIDE=bool(offset), **_constants(config, rank),
+            )  # fmt: skip
     return y, rstd, summed
 
 
-def _tile(rank: int) -> dict[str, int]:
-    return {"RANK": padded(rank), "ROWS": _ROWS, "COLUMNS": _COLUMNS}
+def _constants(config: LaunchConfig, rank: int) -> dict[str, int]:
+    return {
+        "RANK": padded(rank), "ROWS": config.block_m, "COLUMNS": config.block_n,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
 
 
 def static_cases() -> list[StaticCase]:
     """Llama-3-8B's, of rank 16 and 64."""
     types = "*bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *fp32 i32 i32 i32 i32 i32 i32 fp32 fp32 fp32"
+    row = "add_rms_norm", "lora"
     return [
-        static_case(
-            f"add_rms_norm lora {rank}", _add_norm_lora, types, {"SCALE_WIDE": False} | _tile(rank),
-            num_warps=_WARPS, num_stages=_STAGES,
-        )
-        for rank in (16, 64)
-    ]  # fmt: skip
+        *table_cases(
+            "add_rms_norm lora 16", _add_norm_lora, types, row, lambda c: {"SCALE_WIDE": False} | _constants(c, 16)
+        ),
+        *table_cases(
+            "add_rms_norm lora 64", _add_norm_lora, types, row, lambda c: {"SCALE_WIDE": False} | _constants(c, 64)
+        ),
+    ]

@@ -6,16 +6,17 @@ order: no atomics, the same bits each time. With a frozen weight the kernel is c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llamahome.kernels.cases import static_case
-from llamahome.kernels.launch import StaticCase
+from llamahome.kernels.cases import table_cases
+from llamahome.kernels.launch import LaunchConfig, StaticCase, aligned, config_for
 from llamahome.kernels.norm import empty_output
 
-_TILE = 2048  # numbers that a program holds; short rows share one
 _PARTIALS = 256  # sums of the weight's gradient, at least one wave of any GPU with up to 128 processors
 
 
@@ -106,13 +107,14 @@ def forward(
     summed = None if residual is None else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     y = empty_output(x if summed is None else summed, weight, offset)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    shape = _tile(size)
+    config = _config(flat)
     if count:
-        _forward[(triton.cdiv(count, shape["ROWS"]),)](
-            flat, others, weight.contiguous(), y, summed, rstd, count, size, flat.stride(0),
-            others.stride(0) if others is not None else 0, eps, offset,
-            ADD=residual is not None, SCALE_WIDE=bool(offset), **shape,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _forward[(triton.cdiv(count, config.block_m),)](
+                flat, others, aligned(weight), y, summed, rstd, count, size, flat.stride(0),
+                others.stride(0) if others is not None else 0, eps, offset,
+                ADD=residual is not None, SCALE_WIDE=bool(offset), **_resources(config),
+            )  # fmt: skip
     return y, rstd, summed
 
 
@@ -121,12 +123,13 @@ def apply(x: Tensor, weight: Tensor, rstd: Tensor, offset: float) -> Tensor:
     flat = rows_of(x)
     count, size = flat.shape
     y: Tensor = empty_output(x, weight, offset)
-    shape = _tile(size)
+    config = _config(flat)
     if count:
-        _apply[(triton.cdiv(count, shape["ROWS"]),)](
-            flat, weight.contiguous(), y, rstd.contiguous(), count, size, flat.stride(0), offset,
-            SCALE_WIDE=bool(offset), **shape,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _apply[(triton.cdiv(count, config.block_m),)](
+                flat, aligned(weight), y, rstd.contiguous(), count, size, flat.stride(0), offset,
+                SCALE_WIDE=bool(offset), **_resources(config),
+            )  # fmt: skip
     return y
 
 
@@ -138,56 +141,58 @@ def backward(
     others = None if d_residual is None else rows_of(d_residual)
     count, size = x_rows.shape
     dx = x.new_empty(x.shape)
-    shape = _tile(size)
-    blocks = max(1, triton.cdiv(count, shape["ROWS"]))
-    rows_each = shape["ROWS"] * (triton.cdiv(blocks, _PARTIALS) if need_weight else 1)
+    config = _config(x_rows)
+    blocks = max(1, triton.cdiv(count, config.block_m))
+    rows_each = config.block_m * (triton.cdiv(blocks, _PARTIALS) if need_weight else 1)
     programs = triton.cdiv(count, rows_each)
     partial = x.new_empty(programs, size, dtype=torch.float32) if need_weight else None
     if count:
-        _backward[(programs,)](
-            dy_rows, x_rows, weight.contiguous(), rstd.contiguous(), others, dx, partial, count, size,
-            dy_rows.stride(0), x_rows.stride(0), others.stride(0) if others is not None else 0, offset, rows_each,
-            ADD=others is not None, COMPUTE_DW=need_weight, SCALE_WIDE=bool(offset), **shape,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _backward[(programs,)](
+                dy_rows, x_rows, aligned(weight), rstd.contiguous(), others, dx, partial, count, size,
+                dy_rows.stride(0), x_rows.stride(0), others.stride(0) if others is not None else 0, offset, rows_each,
+                ADD=others is not None, COMPUTE_DW=need_weight, SCALE_WIDE=bool(offset), **_resources(config),
+            )  # fmt: skip
     return dx, None if partial is None else partial.sum(0).to(weight.dtype)
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """[rows, h] with neighbouring columns side by side; a copy only where the strides leave no other way."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+    """[rows, h] with neighbouring columns side by side; a copy only where the loads would be narrow without it."""
+    rows: Tensor = aligned(x.reshape(-1, x.shape[-1]))
+    return rows
 
 
-def _tile(size: int) -> dict[str, int]:
-    block = triton.next_power_of_2(size)
-    rows = max(1, _TILE // block)
-    return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(4, rows * block // 512))}
+def _config(rows: Tensor) -> LaunchConfig:
+    return config_for("rms_norm", str(triton.next_power_of_2(rows.shape[1])), rows)
+
+
+def _resources(config: LaunchConfig) -> dict[str, int]:
+    return {
+        "ROWS": config.block_m, "BLOCK": config.block_n, "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
 
 
 def static_cases() -> list[StaticCase]:
     """Llama-3-8B's norm with and without a residual, Gemma's, a head's, and the backward pass with either weight."""
-    tile, head = _tile(4096), _tile(128)
-    warps, head_warps = tile["num_warps"], head["num_warps"]
     forward = "*bf16 {0} *bf16 *bf16 {0} *fp32 i32 i32 i32 i32 fp32 fp32"
     backward = "*bf16 *bf16 *bf16 *fp32 {} *bf16 {} i32 i32 i32 i32 i32 fp32 i32"
-    plain = {"ADD": False, "SCALE_WIDE": False}
+    plain, gemma = {"ADD": False, "SCALE_WIDE": False}, {"ADD": True, "SCALE_WIDE": True}
+    frozen = {"ADD": True, "COMPUTE_DW": False, "SCALE_WIDE": False}
+    apply_types = "*bf16 *bf16 *bf16 *fp32 i32 i32 i32 fp32"
     return [
-        static_case("rms_norm 4096", _forward, forward.format("-"), plain | tile, num_warps=warps),
-        static_case("rms_norm 128", _forward, forward.format("-"), plain | head, num_warps=head_warps),
-        static_case(
-            "add_rms_norm 4096", _forward, forward.format("*bf16"), {"ADD": True, "SCALE_WIDE": True} | tile,
-            num_warps=warps,
-        ),
-        static_case(
-            "rms_norm_apply 4096", _apply, "*bf16 *bf16 *bf16 *fp32 i32 i32 i32 fp32", {"SCALE_WIDE": False} | tile,
-            num_warps=warps,
-        ),
-        static_case(
-            "rms_norm_backward 4096", _backward, backward.format("*bf16", "-"),
-            {"ADD": True, "COMPUTE_DW": False, "SCALE_WIDE": False} | tile, num_warps=warps,
-        ),
-        static_case(
+        *_cases("rms_norm 4096", _forward, forward.format("-"), plain, 4096),
+        *_cases("rms_norm 128", _forward, forward.format("-"), plain, 128),
+        *_cases("add_rms_norm 4096", _forward, forward.format("*bf16"), gemma, 4096),
+        *_cases("rms_norm_apply 4096", _apply, apply_types, {"SCALE_WIDE": False}, 4096),
+        *_cases("rms_norm_backward 4096", _backward, backward.format("*bf16", "-"), frozen, 4096),
+        *_cases(
             "rms_norm_backward 4096 weight", _backward, backward.format("*bf16", "*fp32"),
-            {"ADD": True, "COMPUTE_DW": True, "SCALE_WIDE": False} | tile, num_warps=warps,
+            frozen | {"COMPUTE_DW": True}, 4096,
         ),
     ]  # fmt: skip
+
+
+def _cases(name: str, kernel: Any, types: str, constants: dict[str, Any], size: int) -> list[StaticCase]:
+    row = "rms_norm", str(size)
+    cases: list[StaticCase] = table_cases(name, kernel, types, row, lambda config: constants | _resources(config))
+    return cases

@@ -7,13 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llamahome.kernels.cases import static_case
-from llamahome.kernels.launch import StaticCase
+from llamahome.kernels.cases import table_cases
+from llamahome.kernels.launch import LaunchConfig, StaticCase, aligned, config_for
 from llamahome.kernels.low_rank import LowRank
 from llamahome.kernels.low_rank_triton import low_rank, operands, padded
-
-_HEADS = 32  # at most, per program
-_ROWS, _LORA_WARPS = 64, 8  # tokens of one head with a rank-r part: the fewest that use an H100's tensor cores
 
 
 @triton.jit
@@ -74,60 +71,62 @@ def _rope_lora(
 
 def apply_with_update(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, update: LowRank) -> Tensor:
     """x and its rank-r part turned, all of a head; see `rope.rope_apply`."""
-    x, cos, sin = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, cos, sin))
+    x, cos, sin = aligned(x), aligned(cos), aligned(sin)
     tokens, heads, size = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
         xa, b, rank, xa_stride, scaling = operands(update)
-        _rope_lora[(triton.cdiv(tokens, _ROWS), heads)](
-            x, cos, sin, xa, b, y, tokens, heads, x.stride(0), x.stride(1), cos.stride(0), sin.stride(0),
-            rank, xa_stride, scaling, **_lora_constants(size // 2, rank), INVERSE=inverse, num_warps=_LORA_WARPS,
-        )  # fmt: skip
+        config = config_for("rope", "lora", x)
+        with torch.cuda.device_of(x):
+            _rope_lora[(triton.cdiv(tokens, config.block_m), heads)](
+                x, cos, sin, xa, b, y, tokens, heads, x.stride(0), x.stride(1), cos.stride(0), sin.stride(0),
+                rank, xa_stride, scaling, INVERSE=inverse, **_lora_constants(config, size // 2, rank),
+            )  # fmt: skip
     return y
 
 
-def _lora_constants(half: int, rank: int) -> dict[str, int]:
-    return {"HALF": half, "RANK": padded(rank), "ROWS": _ROWS, "BLOCK": max(16, triton.next_power_of_2(half))}
+def _lora_constants(config: LaunchConfig, half: int, rank: int) -> dict[str, int]:
+    return {
+        "HALF": half, "RANK": padded(rank), "ROWS": config.block_m, "BLOCK": max(16, triton.next_power_of_2(half)),
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
 
 
 def apply(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """x turned; see `rope.rope_apply`. x may be a view with any strides but the last."""
-    x, cos, sin = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, cos, sin))
+    x, cos, sin = aligned(x), aligned(cos), aligned(sin)
     tokens, heads, size = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     half = cos.shape[-1] // 2
-    tile = min(_HEADS, triton.next_power_of_2(heads))
+    constants = _constants(config_for("rope", "heads", x), half, size - 2 * half, heads)
     if y.numel():
-        _rope[(tokens, triton.cdiv(heads, tile))](
-            x, cos, sin, y, heads, x.stride(0), x.stride(1), cos.stride(0), sin.stride(0),
-            **_constants(half, size - 2 * half, tile), INVERSE=inverse, num_warps=_warps(tile, half),
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _rope[(tokens, triton.cdiv(heads, constants["HEADS"]))](
+                x, cos, sin, y, heads, x.stride(0), x.stride(1), cos.stride(0), sin.stride(0),
+                INVERSE=inverse, **constants,
+            )  # fmt: skip
     return y
 
 
-def _constants(half: int, rest: int, heads: int) -> dict[str, int]:
-    sizes = {"HALF": half, "REST": rest, "HEADS": heads}
-    return sizes | {"BLOCK": triton.next_power_of_2(half), "REST_BLOCK": triton.next_power_of_2(max(rest, 1))}
-
-
-def _warps(heads: int, half: int) -> int:
-    """Eight numbers of each half, one wide load, for every thread."""
-    return max(1, min(4, heads * half // 256))
+def _constants(config: LaunchConfig, half: int, rest: int, heads: int) -> dict[str, int]:
+    """A thread has eight numbers of each half, one wide load."""
+    tile = min(config.block_m, triton.next_power_of_2(heads))
+    return {
+        "HALF": half, "REST": rest, "HEADS": tile, "BLOCK": triton.next_power_of_2(half),
+        "REST_BLOCK": triton.next_power_of_2(max(rest, 1)),
+        "num_warps": max(1, min(config.num_warps, tile * half // 256)), "num_stages": config.num_stages,
+    }  # fmt: skip
 
 
 def static_cases() -> list[StaticCase]:
     """Llama-3-8B's queries, forward, and Phi-3-small's partly turned heads, backward."""
     types = "*bf16 *bf16 *bf16 *bf16 i32 i32 i32 i32 i32"
     lora_types = "*bf16 *bf16 *bf16 *bf16 *bf16 *bf16 i32 i32 i32 i32 i32 i32 i32 i32 fp32"
-    whole, partial = _constants(64, 0, 32), _constants(32, 64, 32)
+    heads, lora = ("rope", "heads"), ("rope", "lora")
+    forward, inverse = {"INVERSE": False}, {"INVERSE": True}
     return [
-        static_case("rope 32x128", _rope, types, whole | {"INVERSE": False}, num_warps=_warps(32, 64)),
-        static_case("rope 32x128 partial", _rope, types, partial | {"INVERSE": True}, num_warps=_warps(32, 32)),
-        *(
-            static_case(
-                f"rope 128 lora {rank}", _rope_lora, lora_types, {"INVERSE": False} | _lora_constants(64, rank),
-                num_warps=_LORA_WARPS,
-            )
-            for rank in (16, 64)
-        ),
-    ]  # fmt: skip
+        *table_cases("rope 32x128", _rope, types, heads, lambda c: forward | _constants(c, 64, 0, 32)),
+        *table_cases("rope 32x128 partial", _rope, types, heads, lambda c: inverse | _constants(c, 32, 64, 32)),
+        *table_cases("rope 128 lora 16", _rope_lora, lora_types, lora, lambda c: forward | _lora_constants(c, 64, 16)),
+        *table_cases("rope 128 lora 64", _rope_lora, lora_types, lora, lambda c: forward | _lora_constants(c, 64, 64)),
+    ]

@@ -115,10 +115,11 @@ def test_a_lora_linear_layer_takes_views():
 
 
 def test_which_inputs_are_few_rows():
-    assert lora_triton.fits(torch.zeros(256, 8))
-    assert not lora_triton.fits(torch.zeros(257, 8))
-    assert not lora_triton.fits(torch.zeros(0, 8))
-    assert not lora_triton.fits(torch.zeros(4, 8, dtype=torch.float64))
+    weight = torch.zeros(4, 8)
+    assert lora_triton.fits(torch.zeros(256, 8), weight)
+    assert not lora_triton.fits(torch.zeros(257, 8), weight)
+    assert not lora_triton.fits(torch.zeros(0, 8), weight)
+    assert not lora_triton.fits(torch.zeros(4, 8, dtype=torch.float64), weight)
 
 
 def test_lora_linear_takes_the_one_kernel_where_no_gradient_is_asked_for(monkeypatch):
