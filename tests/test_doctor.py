@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from llamahome import doctor
 from llamahome.config import Config
-from llamahome.doctor import Finding, examine, report_lines
+from llamahome.doctor import Finding, examine, kernel_errors, report_lines
 
 
 def found(config: Config, name: str) -> Finding:
@@ -37,12 +40,34 @@ def test_a_gpu_that_is_not_there_is_bad_and_the_rest_is_still_looked_at() -> Non
     assert next(finding for finding in findings if finding.name == "reader").state == "good"
 
 
-def test_a_kernel_that_computes_something_else_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["varlen_attention", "linear_cross_entropy", "rms_norm", "add_rms_norm", "rotate", "gated"]
+)
+def test_a_kernel_that_computes_something_else_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from llamahome import kernels
 
-    right = kernels.varlen_attention
-    monkeypatch.setattr(kernels, "varlen_attention", lambda *given: right(*given) * 1.01)
-    assert found(Config(), "kernels").state == "bad"
+    right = getattr(kernels, name)
+
+    def wrong(*given: Any) -> Any:
+        result = right(*given)
+        return result * 1.01 if isinstance(result, torch.Tensor) else [part * 1.01 for part in result]
+
+    assert kernel_errors(torch.device("cpu"))[name] < 1e-5
+    monkeypatch.setattr(kernels, name, wrong)
+    finding = doctor._kernels(Config())
+    assert finding.state == "bad"
+    assert f"{name} by 1.0e-02" in finding.found
+    assert finding.fix
+
+
+def test_json_holds_every_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    from llamahome.cli import cli
+
+    cli.main(["doctor", "--json"], standalone_mode=False)
+    content = json.loads(capsys.readouterr().out)
+    assert {"python", "device", "precision", "compiler", "memory", "disk", "kernels"} <= content.keys()
+    assert all(set(finding) == {"name", "state", "found", "fix"} for finding in content.values())
+    assert all(finding["fix"] for finding in content.values() if finding["state"] != "good")
 
 
 def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +75,9 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
         raise RuntimeError("no such\nthing")
 
     monkeypatch.setattr(doctor, "_CHECKS", (("odd", broken),))
-    assert found(Config(), "odd") == Finding("odd", "bad", "RuntimeError: no such thing")
+    assert found(Config(), "odd") == Finding(
+        "odd", "bad", "RuntimeError: no such thing", doctor._REINSTALL + "; if it stays, report it"
+    )
 
 
 def test_an_extra_that_is_not_installed_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
