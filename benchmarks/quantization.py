@@ -51,6 +51,7 @@ def settings(args: argparse.Namespace, method: str) -> dict[str, Any]:
         "optimization.warmup_steps": 5,
         "processing.compile_mode": "none",
         "processing.gradient_checkpointing": False,
+        "processing.threads": args.threads,
         "monitor.sinks": ["none"],
     }
 
@@ -92,7 +93,17 @@ def each_alone(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for method in METHODS:
         words = [sys.executable, __file__, method, "--json"]
-        for name in ("data", "eval_data", "model", "output", "steps", "samples_per_step", "eval_samples", "minutes"):
+        for name in (
+            "data",
+            "eval_data",
+            "model",
+            "output",
+            "steps",
+            "samples_per_step",
+            "eval_samples",
+            "threads",
+            "minutes",
+        ):
             if (value := getattr(args, name)) is not None:
                 words += [f"--{name.replace('_', '-')}", str(value)]
         done = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True)
@@ -110,6 +121,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--samples-per-step", type=int, default=16)
     parser.add_argument("--eval-samples", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, help="end after so long, to go on with the same command")
     parser.add_argument("--quick", action="store_true", help="4 steps of 4 samples")
     parser.add_argument("--json", action="store_true", help="print nothing but the last line")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from llamahome.config.schema import QatSettings
 from llamahome.config.tree import Config, Key
 
 Broken = tuple[tuple[Key, ...], str, str]  # the keys that clash (the first is blamed), the rule, what to do
@@ -32,9 +33,14 @@ def broken_rules(config: Config) -> Iterator[Broken]:
         yield keys, "early stopping needs evaluations, and there is nothing to evaluate on", "set data.eval_path"
     method = config.training.method
     for name in ("use_dora", "use_rslora"):
-        if method in ("full", "qat") and getattr(config.lora, name):
+        if config.trains_base and getattr(config.lora, name):
             keys = (("lora", name), ("training", "method"))
             yield keys, f"the method {method} has no adapter", "remove it, or set training.method: lora"
+    joined = method == "qat" and config.qat.lora
+    for name in ("use_dora", "dropout"):
+        if joined and getattr(config.lora, name):
+            keys = (("lora", name), ("qat", "lora"))
+            yield keys, "adapter and weights are rounded as one, which it cannot be a part of", "remove it"
 
 
 def doubtful(config: Config) -> Iterator[Broken]:
@@ -49,7 +55,10 @@ def doubtful(config: Config) -> Iterator[Broken]:
         keys = (("training", "gradient_accumulation"), ("optimization", "global_batch_size"))
         yield keys, "has no effect, because global_batch_size is set", "remove one of them"
     for name in ("rank", "alpha", "dropout", "target_modules"):
-        used = config.training.method in ("lora", "qlora")
-        if not used and getattr(config.lora, name) != getattr(default.lora, name):
+        if config.trains_base and getattr(config.lora, name) != getattr(default.lora, name):
             keys = (("lora", name), ("training", "method"))
+            yield keys, f"has no effect with the method {config.training.method}", "remove it"
+    for name in QatSettings.model_fields:
+        if config.training.method != "qat" and getattr(config.qat, name) != getattr(default.qat, name):
+            keys = (("qat", name), ("training", "method"))
             yield keys, f"has no effect with the method {config.training.method}", "remove it"

@@ -261,7 +261,7 @@ class MemorySettings(Section):
 
 
 class LoraSettings(Section):
-    """The adapter that the methods lora and qlora train."""
+    """The adapter that the methods lora and qlora train, and qat with qat.lora."""
 
     rank: Count = Field(default=16, description="Rank of the update.")
     alpha: Count = Field(default=32, description="Scale of the update, divided by the rank.")
@@ -271,6 +271,17 @@ class LoraSettings(Section):
     )
     use_rslora: bool = Field(default=False, description="Divide alpha by the square root of the rank.")
     use_dora: bool = Field(default=False, description="Train magnitude and direction apart (DoRA).")
+
+
+class QatSettings(Section):
+    """Quantization-aware training: what the method qat trains for."""
+
+    scheme: Literal["int8-dynamic-activation/int4-weight", "int4-weight", "int8-weight"] = Field(
+        default="int8-dynamic-activation/int4-weight", description="What the finished model will be quantized to."
+    )
+    group_size: int = Field(default=32, ge=2, description="Weights of a row under one scale, where they get 4 bits.")
+    start_step: int = Field(default=0, ge=0, description="Finished steps before rounding begins.")
+    lora: bool = Field(default=False, description="Train an adapter by the section lora instead of all weights.")
 
 
 class ModelSettings(Section):

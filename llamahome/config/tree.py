@@ -19,6 +19,7 @@ from llamahome.config.schema import (
     MonitorSettings,
     OptimizationSettings,
     ProcessingSettings,
+    QatSettings,
     ResourceSettings,
     Section,
     TrainingSettings,
@@ -81,6 +82,7 @@ class Config(Section):
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     memory: MemorySettings = Field(default_factory=MemorySettings)
     lora: LoraSettings = Field(default_factory=LoraSettings)
+    qat: QatSettings = Field(default_factory=QatSettings)
     model: ModelSettings = Field(default_factory=ModelSettings)
     distributed: DistributedSettings = Field(default_factory=DistributedSettings)
 
@@ -122,6 +124,11 @@ class Config(Section):
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as JSON-able values."""
         return self.model_dump(mode="json")
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the base model's own weights are trained, and no adapter."""
+        return self.training.method == "full" or (self.training.method == "qat" and not self.qat.lora)
 
     def global_batch_size(self, world_size: int = 1) -> int:
         """Return the samples of an optimizer step; `batch_size: auto` counts as 4 and only changes the cut."""

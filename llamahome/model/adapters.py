@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamahome.errors import ConfigError, ModelError
 from llamahome.model.checks import Header, model_fingerprint, read_header, read_json, weight_files
+from llamahome.model.fake_quant import Scheme, join_adapter, prepare, scheme_of
 from llamahome.model.load import source_of
 from llamahome.model.quantize import NF4
 from llamahome.model.quiet import quiet_transformers
@@ -29,14 +30,14 @@ BASE_RECORD = "llamahome.json"
 def apply_adapter(model: Any, config: Config) -> Any:
     """The model made ready for `training.method`: with a LoRA adapter in fp32, or all weights trainable.
 
-    The adapter's first values depend on `training.seed` alone, and torch's random state stays as it was.
-    Raises: ConfigError for a method or target modules that the model does not offer.
+    Under `qat` its linear layers round their weights. The adapter's first values depend on `training.seed` alone, and
+    torch's random state stays as it was. Raises: ConfigError for a scheme or target modules that the model has not.
     """
-    method = config.training.method
-    if method == "full":
+    qat = config.training.method == "qat"
+    if qat:
+        prepare(model, Scheme(config.qat.scheme, config.qat.group_size))
+    if config.trains_base:
         return model.requires_grad_(True)
-    if method not in ("lora", "qlora"):
-        raise ConfigError(f"the method {method!r} is not available", where="training.method", fix="use lora or full")
     with quiet_transformers():
         from peft import LoraConfig, get_peft_model
 
@@ -49,7 +50,10 @@ def apply_adapter(model: Any, config: Config) -> Any:
         use_rslora=lora.use_rslora, use_dora=lora.use_dora, revision=source.revision if source else None,
     )  # fmt: skip
     with _seeded(config.training.seed), quiet_transformers():
-        return get_peft_model(model, settings)
+        adapted = get_peft_model(model, settings)
+    if qat:
+        join_adapter(adapted)
+    return adapted
 
 
 @contextmanager
@@ -181,6 +185,13 @@ def base_is_quantized(folder: Path) -> bool:
     """Whether the adapter in `folder` was trained on a base in 4 bits, as its record says."""
     record = folder / BASE_RECORD
     return record.exists() and read_json(record).get("base_weights") == NF4
+
+
+def scheme_in(folder: Path) -> Scheme | None:
+    """What the model or adapter in `folder` was trained to be quantized to, as its record says."""
+    record = folder / BASE_RECORD
+    found = read_json(record).get("qat") if record.exists() else None
+    return scheme_of(found) if found else None
 
 
 def base_source(folder: Path, settings: ModelSettings, cache_dir: str | Path | None = None) -> ModelSource:

@@ -12,6 +12,7 @@ from llamahome.errors import ModelError, UsageError
 from llamahome.files import publish_folder, write_json
 from llamahome.model.adapters import BASE_RECORD, adapter_state, read_adapter
 from llamahome.model.checks import model_fingerprint, read_json
+from llamahome.model.fake_quant import record_of
 from llamahome.model.load import load_model, load_trained, source_of
 from llamahome.model.quantize import NF4, quantized_layers
 from llamahome.model.quiet import quiet_transformers
@@ -61,6 +62,8 @@ def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
     else:
         with quiet_transformers():
             model.save_pretrained(folder)
+        if (scheme := record_of(model)) is not None:
+            write_json(folder / BASE_RECORD, {"qat": scheme})
     write_tokenizer(tokenizer, folder)
 
 
@@ -89,9 +92,11 @@ def write_adapter(model: Any, folder: Path, weights: dict[str, torch.Tensor] | N
     save_file(weights or adapter_state(model), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     if (source := source_of(model)) is not None:
         fingerprint = model_fingerprint(source.folder)
-        record = {"base_model": source.name, "base_fingerprint": fingerprint}
+        record: dict[str, Any] = {"base_model": source.name, "base_fingerprint": fingerprint}
         if any(quantized_layers(model)):
             record["base_weights"] = NF4
+        if (scheme := record_of(model)) is not None:
+            record["qat"] = scheme
         write_json(folder / BASE_RECORD, record)
 
 

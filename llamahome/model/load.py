@@ -180,23 +180,37 @@ def load_trained(
 
     The base is the folder or hub id that adapter_config.json names, else what LlamaHome recorded at saving;
     `settings.name` goes before both. A base that was in 4 bits in training is so again; `dtype` is what they are
-    unpacked to, when they are used or, with `unpack`, once and for all into plain layers.
+    unpacked to, when they are used or, with `unpack`, once and for all into plain layers. What was trained by `qat`
+    rounds its weights as in training.
     Raises: ModelError, also for an adapter that was trained on another base; MissingError.
     """
-    from llamahome.model.adapters import attach_adapter, base_is_quantized, base_source
+    import torch
+
+    from llamahome.model.adapters import attach_adapter, base_is_quantized, base_source, scheme_in
+    from llamahome.model.fake_quant import join_adapter, prepare
     from llamahome.model.quantize import dequantize_model
 
     folder = Path(path).expanduser()
     if not is_adapter(folder):
         source = resolve_model(str(path), settings, cache_dir)
         if not is_adapter(source.folder):
-            return load_model(source, dtype=dtype, device=device, attention=attention), load_tokenizer(source)
+            scheme = scheme_in(source.folder)  # rounds what the optimizer kept in float32
+            model: Any = load_model(
+                source, dtype=torch.float32 if scheme else dtype, device=device, attention=attention
+            )
+            if scheme:
+                prepare(model, scheme)
+            return model, load_tokenizer(source)
         folder = source.folder  # an adapter on the hub
     source = base_source(folder, settings, cache_dir)
     base = load_model(source, dtype=dtype, device=device, attention=attention, nf4=base_is_quantized(folder))
     if unpack:
         dequantize_model(base, dtype)
+    if scheme := scheme_in(folder):
+        prepare(base, scheme)
     model = attach_adapter(base, folder)
+    if scheme:
+        join_adapter(model)
     return model, load_tokenizer(replace(source, tokenizer=folder) if has_tokenizer(folder) else source)
 
 

@@ -74,7 +74,7 @@ def _on_meta(architecture: Mapping[str, Any], layers: int, config: Config, preci
     lists = {"layer_types": architecture["layer_types"][:layers]} if architecture.get("layer_types") else {}
     settings = {**architecture, **few, **lists, "attn_implementation": NAME}
     kind = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    dtype = torch.float32 if config.training.method == "full" else precision.frozen
+    dtype = torch.float32 if config.trains_base else precision.frozen
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(kind, dtype=dtype, attn_implementation=NAME)
         model = apply_adapter(model, config)

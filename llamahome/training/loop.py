@@ -41,6 +41,7 @@ class TrainingLoop:
         on_nonfinite, spike_factor: what becomes of a step that cannot be used, see `StepFaults`.
         on_event: receives out-of-memory, changed-cut and skipped-step events as plain dicts.
         team: the other ranks of the run; each runs this loop, and every step is one step of all.
+        begin_step: called before each step, and again where one is repeated, with the number of finished ones.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class TrainingLoop:
         objective: Objective | None = None, scheduler: Any = None, precision: Precision | None = None,
         governor: MemoryGovernor | None = None, max_grad_norm: float | None = 1.0, on_nonfinite: str = "stop",
         metrics: MetricsCollector | None = None, on_event: Callable[[dict[str, Any]], None] = lambda event: None,
-        team: Team = SINGLE, spike_factor: float | None = None,
+        team: Team = SINGLE, spike_factor: float | None = None, begin_step: Callable[[int], None] = lambda step: None,
     ) -> None:  # fmt: skip
+        self.begin_step = begin_step
         self.model, self.optimizer, self.batches, self.state = model, optimizer, batches, state
         self.objective = objective or build_objective(model)
         self.scheduler = scheduler or torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: constant(step, 0, 0))
@@ -92,6 +94,7 @@ class TrainingLoop:
 
     def _try_step(self) -> StepRecord | None:
         started = time.perf_counter()
+        self.begin_step(self.state.step)
         samples = left_in(self.batches.order.samples(self.state.step), self.state.skipped_samples)
         self.batches.prefetch(self.state.step, first=self.state.step == self._first_step)
         trained = self.batches.trained_tokens(samples)

@@ -27,6 +27,7 @@ from llamahome.model import attention
 from llamahome.model.adapters import apply_adapter, enable_checkpointing, trainable_parameters, without_input_casts
 from llamahome.model.checks import check_model_folder
 from llamahome.model.compile import compile_layers
+from llamahome.model.fake_quant import from_step
 from llamahome.model.fuse import fuse
 from llamahome.model.load import (
     ModelSource,
@@ -43,7 +44,7 @@ from llamahome.training.budget import build_governor
 from llamahome.training.checkpoint import TrainingState
 from llamahome.training.choices import choices
 from llamahome.training.extensions import NOTHING, Extensions
-from llamahome.training.host import keep_freed_memory, set_threads, use_compile_cache
+from llamahome.training.host import keep_freed_memory, pages_and_nodes, set_threads, use_compile_cache
 from llamahome.training.loop import TrainingLoop
 from llamahome.training.objective import Objective, build_objective, flat_row
 from llamahome.training.optim import build_optimizer, build_scheduler
@@ -79,7 +80,6 @@ def assemble(
 
     Raises: ConfigError, DataError, ModelError, MemoryLimitError, StorageError, CheckpointError, DistributedError.
     """
-    check_supported(config)
     config = per_rank(config, ranks)
     metrics = {**load_metrics(config.training.metrics), **own.metrics}
     check_best_metric(config, metrics)
@@ -140,8 +140,9 @@ def assemble(
             tracker=_tracker(config, shape, trained, precision, state),
             read_memory=lambda: governor.reading, gpu_utilization=resources.gpu_utilization,
         ),
-        team=team,
+        team=team, begin_step=from_step(model, config.qat.start_step),
     )  # fmt: skip
+    loop.begin_step(state.step)
     # Room for two checkpoints: weights and AdamW's two moments in fp32.
     folder.require_free(2 * 12 * trained + parse_size(config.resource.min_free_disk))
     if found is not None:
@@ -188,6 +189,7 @@ def _facts(
         "ranks": team.ranks.size,
         "strategy": team.strategy,
         "allocator": allocator,
+        **pages_and_nodes(),
         "fused": fused,
         "total_steps": state.total_steps,
         "samples_per_step": state.samples_per_step,
@@ -251,7 +253,7 @@ def _tracker(
     config: Config, shape: ModelShape, trained: int, precision: Precision, state: TrainingState
 ) -> PerformanceTracker:
     """Throughput, and the share of this machine's measured matrix-product peak that it is."""
-    full = config.training.method == "full"
+    full = config.trains_base
     flops = training_flops(
         shape.linear_parameters, shape.vocabulary * shape.hidden, adapter_parameters=0 if full else trained,
         trains_base=full,
@@ -303,7 +305,7 @@ def load_for_training(
     """
     device = device if stored is None else torch.device("cpu")
     dtype, nf4 = (
-        (stored or torch.float32) if config.training.method == "full" else precision.frozen,
+        (stored or torch.float32) if config.trains_base else precision.frozen,
         config.training.method == "qlora",
     )
     model = _with_attention(
@@ -367,9 +369,3 @@ def build_batches(
         ranks=team.ranks.size,
         in_lockstep=team.in_lockstep,
     )
-
-
-def check_supported(config: Config) -> None:
-    """Raises: ConfigError for settings that this version cannot follow."""
-    if config.training.method == "qat":
-        raise ConfigError("qat is not there yet", where="training.method", fix="use lora, qlora or full")

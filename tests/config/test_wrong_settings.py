@@ -24,7 +24,7 @@ WRONG = [
     ("lora: {zzz: 1}", "lora.zzz: unknown key; the keys of lora are rank, alpha, dropout, target_modules, use_rslora, "
      "use_dora"),
     ("zzz: 1", "zzz: unknown key; the sections are cache, data, monitor, optimization, processing, resource, training, "
-     "memory, lora, model, distributed"),
+     "memory, lora, qat, model, distributed"),
     # shapes
     ("training: 3", "training: expected the section's keys, got 3; write one key per line, indented"),
     ("training: [a]", 'training: expected the section\'s keys, got ["a"]; write one key per line, indented'),

@@ -130,11 +130,6 @@ def test_a_target_may_be_a_part_of_the_path(tiny_model_dir: Path) -> None:
     assert len(state) == 2 * (2 + 1)
 
 
-def test_a_method_that_is_not_there_is_refused(tiny_model_dir: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'qat' is not available; training\.method"):
-        adapted(tiny_model_dir, training__method="qat")
-
-
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_checkpointing_gives_the_same_gradients(tiny_model_dir: Path, method: str) -> None:
     gradients = []
