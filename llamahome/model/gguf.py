@@ -16,6 +16,7 @@ from typing import Any
 
 from llamahome.errors import ModelError
 from llamahome.files import publish_folder, remove_leftovers, sha256, storage_errors
+from llamahome.memory.oom import is_oom
 from llamahome.model.checks import check_loaded_keys
 from llamahome.model.quiet import quiet_transformers
 
@@ -73,6 +74,8 @@ def _convert(file: Path, folder: Path) -> None:
         try:
             tokenizer, model, info = _read(alone)
         except Exception as error:  # of many types, from four libraries, for a damaged or unknown file
+            if is_oom(error):
+                raise
             raise ModelError(f"cannot be converted: {error}", where=str(file), fix="name another file") from error
         check_loaded_keys(info, file)
         _correct_model(model)

@@ -148,6 +148,15 @@ def test_a_killed_conversion_leaves_nothing_that_counts(tiny_gguf: Path, monkeyp
     assert (resolve_model(str(tiny_gguf), ModelSettings()).folder / "config.json").exists()
 
 
+def test_a_lack_of_memory_is_no_fault_of_the_file(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(folder: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("llamahome.model.gguf._read", read)
+    with pytest.raises(MemoryError):
+        resolve_model(str(tiny_gguf), ModelSettings())
+
+
 def test_a_cache_that_cannot_be_written_is_a_storage_error(tiny_gguf: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError) as caught:
