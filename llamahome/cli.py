@@ -16,9 +16,11 @@ import click
 from llamahome import __version__
 from llamahome.commands.data import cache, data
 from llamahome.commands.init import completion, init
+from llamahome.commands.launch import launch, tell_torchrun, without_option
 from llamahome.commands.options import base_model, changes, load_config, print_error, print_line, settings
 from llamahome.commands.plan import plan
 from llamahome.commands.tools import chat, doctor, report, watch
+from llamahome.distributed.ranks import from_environment, launched
 from llamahome.errors import ConfigError, LlamaHomeError
 
 if TYPE_CHECKING:
@@ -47,11 +49,12 @@ def cli(debug: bool) -> None:
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run [default: output/training].")
 @click.option("--eval-data", help="Data to evaluate on; without it a part of DATA is held out.")
 @click.option("--dry-run", is_flag=True, help="Only the checks before the first step; nothing is trained or left.")
+@click.option("--nproc", type=click.IntRange(1), help="Processes on this host that share the run (torchrun).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per step and event, and nothing else.")
 @settings
 def train(
-    data: str | None, model: str | None, output: Path | None, eval_data: str | None, dry_run: bool, as_json: bool,
-    **given: Any,
+    data: str | None, model: str | None, output: Path | None, eval_data: str | None, dry_run: bool, nproc: int | None,
+    as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Fine-tune a model on DATA (file, folder, glob or hub id); without DATA on built-in examples."""
     from llamahome.training.signals import StopSignal
@@ -62,6 +65,8 @@ def train(
         config = load_config(given, values)
         hooks: dict[str, Any] = {}
         if config.data.path is None:
+            if nproc:
+                raise click.UsageError("--nproc needs DATA")
             from llamahome.training.demo import demo_config, talk
 
             config = demo_config(config, given["overrides"], own_settings=given["config_file"] is not None)
@@ -70,9 +75,8 @@ def train(
         if dry_run:
             _try_only(config, as_json)
             return
-        if config.training.retries:
-            words = [*sys.argv[1:], "--output", str(config.training.output)]
-            _supervise(words, given, config, Path(config.training.output))
+        words = [*sys.argv[1:], "--output", str(config.training.output)]
+        _supervise(words, given, config, Path(config.training.output), nproc)
         from llamahome.training.run import train as run_training
 
         _finish(run_training(config, view=_view(config, as_json), signals=signals, **hooks), as_json)
@@ -80,9 +84,11 @@ def train(
 
 @cli.command("train-resume")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--trust-run", is_flag=True, help="Run the code that the run's own record names.")
+@click.option("--nproc", type=click.IntRange(1), help="Processes on this host that share the run (torchrun).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per step and event, and nothing else.")
 @settings
-def train_resume(checkpoint: Path, as_json: bool, **given: Any) -> None:
+def train_resume(checkpoint: Path, trust_run: bool, nproc: int | None, as_json: bool, **given: Any) -> None:
     """Go on from CHECKPOINT: a checkpoint-N folder, or a run folder (its newest good one)."""
     from llamahome.training.signals import StopSignal
 
@@ -91,10 +97,12 @@ def train_resume(checkpoint: Path, as_json: bool, **given: Any) -> None:
         from llamahome.training.run import resume, resumed_config
 
         asked = changes(given), given["config_file"]
-        config = resumed_config(checkpoint, *asked)
-        if config.training.retries:
-            _supervise(sys.argv[1:], given, config, run_of(checkpoint))
-        _finish(resume(checkpoint, *asked, view=lambda config: _view(config, as_json), signals=signals), as_json)
+        config = resumed_config(checkpoint, *asked, trust_run=trust_run)
+        _supervise(sys.argv[1:], given, config, run_of(checkpoint), nproc)
+        result = resume(
+            checkpoint, *asked, view=lambda config: _view(config, as_json), signals=signals, trust_run=trust_run
+        )
+        _finish(result, as_json)
 
 
 @cli.command("train-eval")
@@ -149,12 +157,12 @@ cli.add_command(chat)
 cli.add_command(doctor)
 cli.add_command(report)
 cli.add_command(watch)
+cli.add_command(init)
+cli.add_command(completion)
 
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
-cli.add_command(init)
-cli.add_command(completion)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a text that the locale cannot show ends no run
     code = _run()
@@ -181,19 +189,20 @@ def _run() -> int:
     except (click.Abort, KeyboardInterrupt):
         return _fail("stopped", 130)
     except ConfigError as error:
-        _explain()
+        _explain(error)
         for fault in error.faults:
             _fail(fault, error.exit_code)
         return error.exit_code
     except LlamaHomeError as error:
-        _explain()
+        _explain(error)
         return _fail(str(error), error.exit_code)
     except Exception as error:
         from llamahome.memory.oom import is_oom
 
         if not is_oom(error):
+            tell_torchrun(error)
             raise
-        _explain()
+        _explain(error)
         return _fail(f"out of memory: {str(error).strip() or type(error).__name__}; close other programs", 5)
 
 
@@ -204,6 +213,8 @@ def _view(config: Config, as_json: bool) -> Any:
 
 
 def _finish(result: Any, as_json: bool) -> None:
+    if not from_environment().is_main:
+        return
     if as_json:
         print_line(json.dumps(result.to_dict()))
         return
@@ -219,13 +230,21 @@ def _try_only(config: Config, as_json: bool) -> None:
     print_line(json.dumps(found) if as_json else f"all of it works; train with: {shlex.join(['llamahome', *words])}")
 
 
-def _supervise(words: list[str], given: dict[str, Any], config: Config, run: Path) -> None:
-    """Run the command `words` in a process of its own and go on with the run when it is killed."""
+def _supervise(words: list[str], given: dict[str, Any], config: Config, run: Path, ranks: int | None) -> None:
+    """Where asked for, run the command `words` in processes of their own, and go on with the run when one is killed."""
     from llamahome.training.recovery import supervise
 
-    once = ["--set", "training.retries=0"]
-    resume = ["train-resume", str(run), *(word for change in changes(given) for word in ("--set", change))]
-    code = supervise([*words, *once], [*resume, *once], run, config.training.retries)
+    retries, once = config.training.retries, ["--set", "training.retries=0"]
+    if launched():  # by torchrun, whose --max-restarts does this
+        return
+    if ranks is not None:
+        alone = [*without_option(words, "--nproc"), *once]
+        code = launch(alone, ranks, run, restarts=retries, timeout=config.distributed.timeout)
+    elif retries:
+        changed = (word for change in changes(given) for word in ("--set", change))
+        code = supervise([*words, *once], ["train-resume", str(run), "--trust-run", *changed, *once], run, retries)
+    else:
+        return
     raise click.exceptions.Exit(code)
 
 
@@ -244,7 +263,8 @@ def _show_log(level: int) -> None:
     log.propagate = False
 
 
-def _explain() -> None:
+def _explain(error: BaseException) -> None:
+    tell_torchrun(error)
     if "--debug" in sys.argv:
         import traceback
 

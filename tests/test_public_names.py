@@ -18,8 +18,8 @@ PUBLIC_NAMES = {
 SETTINGS = {"--config", "--set", "--trust-remote-code", "--allow-pickle"}
 COMMANDS = {
     "llamahome": {"--debug", "--version"},
-    "llamahome train": {"DATA", "--model", "--output", "--eval-data", "--dry-run", "--json", *SETTINGS},
-    "llamahome train-resume": {"CHECKPOINT", "--trust-run", "--json", *SETTINGS},
+    "llamahome train": {"DATA", "--model", "--output", "--eval-data", "--dry-run", "--nproc", "--json", *SETTINGS},
+    "llamahome train-resume": {"CHECKPOINT", "--trust-run", "--nproc", "--json", *SETTINGS},
     "llamahome train-eval": {"MODEL", "DATA", "--output", "--model", "--json", *SETTINGS},
     "llamahome merge": {"ADAPTER", "--output", "--model", "--dtype", *SETTINGS},
     "llamahome chat": {"MODEL", "--prompt", "--system", "--max-new-tokens", "--temperature", "--model", *SETTINGS},

@@ -6,6 +6,7 @@ import faulthandler
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -194,7 +195,23 @@ class Watchdog:
             self._on_verdict(message)
         else:
             time.sleep(2 * self._interval)  # the speaker writes first: torchrun ends all when one ends
+        for rank in set(blamed) - {self.ranks.rank}:
+            _kill_here(rank, self._seen[rank].message if rank in self._seen else {})
         self._leave(EXIT_CODE)
+
+
+def _kill_here(rank: int, message: dict[str, Any]) -> None:
+    """SIGKILL a rank of this host that stands still: torchrun would wait long for it to answer a SIGTERM."""
+    if message.get("host") != socket.gethostname():
+        return
+    try:
+        pid = int(message["pid"])
+        found = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")  # a container's ids may be another process's
+        same = (f"RANK={rank}", f"MASTER_PORT={os.environ.get('MASTER_PORT')}")
+        if all(variable.encode() in found for variable in same):
+            os.kill(pid, signal.SIGKILL)
+    except OSError:  # it is gone already, or there is no /proc
+        return
 
 
 def _first_line(error: BaseException) -> str:

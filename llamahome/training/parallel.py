@@ -18,7 +18,7 @@ from llamahome.config import Config, parse_size
 from llamahome.distributed.ranks import ALONE, Ranks, from_environment, is_peer_failure, joined, launched
 from llamahome.distributed.shard import build_mesh, shard_model
 from llamahome.distributed.watchdog import Watchdog
-from llamahome.errors import ConfigError, DistributedError, LlamaHomeError
+from llamahome.errors import CheckpointError, ConfigError, DistributedError, LlamaHomeError
 from llamahome.files import remove_folder, write_json
 from llamahome.memory.agree import keep_smaller_budget
 from llamahome.memory.governor import MemoryGovernor
@@ -28,7 +28,7 @@ from llamahome.training.host import usable_cores
 from llamahome.training.loop import TrainingLoop
 from llamahome.training.precision import Precision
 from llamahome.training.recovery import ResourceRecovery
-from llamahome.training.rundir import STATUS_FILE, RunFolder
+from llamahome.training.rundir import STATUS_FILE, RunFolder, read_run
 from llamahome.training.team import Strategy, Team
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,8 @@ class Place:
 def open_place(config: Config, path: Path, checkpoint: Path | None = None) -> Iterator[Place]:
     """Join the other ranks and open the run's folder: rank 0 holds it, and says where the run goes on.
 
-    A group that torchrun has started again goes on from its newest good checkpoint, or anew where there is none.
+    A group that torchrun has started again goes on from its newest good checkpoint, or anew where there is none; one
+    that was told to go on from `checkpoint` does so again only while the run has none of its own after it.
     Raises: DistributedError, and what RunFolder and ResourceRecovery raise.
     """
     with ExitStack() as stack:
@@ -95,11 +96,11 @@ def open_place(config: Config, path: Path, checkpoint: Path | None = None) -> It
 
         def open_here() -> list[Any] | None:
             nonlocal folder, recovery
-            again = ranks.restarts > 0 and checkpoint is None
-            goes_on = again and _clear_or_keep(path)
+            begun = ranks.restarts > 0 and _has_begun(path)
+            goes_on = ranks.restarts > 0 and checkpoint is None and _clear_or_keep(path)
             folder = stack.enter_context(RunFolder(path, fresh=checkpoint is None and not goes_on))
             if checkpoint is not None or goes_on:
-                recovery = ResourceRecovery(checkpoint or path)
+                recovery = ResourceRecovery(path if begun or checkpoint is None else checkpoint)
             return [str(recovery.checkpoint), recovery.step] if recovery else None
 
         told = ranks.decide(open_here, "open the run's folder")
@@ -128,6 +129,20 @@ def _ranks(config: Config) -> Iterator[Ranks]:
         if not ranks.is_main:
             logging.getLogger("llamahome").setLevel(logging.WARNING)
         yield ranks
+
+
+def _has_begun(path: Path) -> bool:
+    """Whether this group of ranks came as far as to write its own run.json, with later checkpoints set aside."""
+    try:
+        return launch_name() is not None and read_run(path).get("launch") == launch_name()
+    except CheckpointError:
+        return False
+
+
+def launch_name() -> str | None:
+    """torchrun's name for this start of the group, which its restarts keep; None where it gives none."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name in (None, "none") else name
 
 
 def _clear_or_keep(path: Path) -> bool:

@@ -26,7 +26,7 @@ from llamahome.training.checkpoint import TrainingState
 from llamahome.training.evaluate import Evaluation, evaluate_store
 from llamahome.training.extensions import Extensions
 from llamahome.training.loop import TrainingLoop
-from llamahome.training.parallel import Place, explained, open_place
+from llamahome.training.parallel import Place, explained, launch_name, open_place
 from llamahome.training.preflight import preflight
 from llamahome.training.recovery import rewind
 from llamahome.training.rundir import RunFolder, State, read_run
@@ -187,7 +187,7 @@ def _open(config: Config, own: Extensions, place: Place, view: Progress | None) 
     run = Run(config, folder, place, parts, parts.loop, sinks, view, callbacks)
     parts.loop.on_event = lambda event: _event(run, event)
     parts.loop.faults.rewind = lambda: _rewind(run)
-    folder.write_run(config.to_dict(), {**parts.facts, "extensions": own.names()})
+    folder.write_run(config.to_dict(), {**parts.facts, "extensions": own.names(), "launch": launch_name()})
     if view:
         view.start(parts.loop.state.total_steps, parts.loop.state.step)
     if found:
