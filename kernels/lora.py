@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from llamahome.kernels.launch import use_triton
+from llamahome.kernels.lora_absorb import bare_gates, bare_projection, gated_update, low_ranks
 from llamahome.kernels.lora_group import Options, Tensors, flatten, unflatten
 from llamahome.kernels.lora_products import (
     LoraWeights,
@@ -34,8 +35,8 @@ from llamahome.kernels.lora_products import (
     through_b,
     weight_gradients,
 )
-from llamahome.kernels.low_rank import LowRank, absorbs
-from llamahome.kernels.mlp import Activation, GatedLora, gated_backward, gated_forward, gated_reference
+from llamahome.kernels.low_rank import LowRank
+from llamahome.kernels.mlp import Activation, gated_backward, gated_forward, gated_reference
 from llamahome.kernels.nf4 import Nf4Weight, dequantize_reference
 from llamahome.kernels.norm import rms_norm_apply, rms_norm_backward, rms_norm_forward, rms_norm_reference
 from llamahome.kernels.rope import rope_apply, rotate_reference
@@ -97,6 +98,15 @@ def lora_output_mlp_reference(
     return lora_mlp_reference(x, norm, gates, down, activation, residual=True)
 
 
+def add_lora_mlp_reference(
+    y: Tensor, residual: Tensor, norm: NormWeights, gates: Sequence[LoraWeights], down: LoraWeights,
+    activation: Activation = "silu",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The plain definition, differentiable; the same results as `add_lora_mlp`."""
+    x = y + residual
+    return lora_mlp_reference(x, norm, gates, down, activation), x
+
+
 def lora_linear(x: Tensor, lora: LoraWeights, residual: Tensor | None = None) -> Tensor:
     """x [T, K] -> [T, N], plus `residual` [T, N] where given. Saves x and x @ a.T. Differentiable once.
 
@@ -150,8 +160,8 @@ def lora_mlp(
     Saves x, the norm's 1 / rms per row, gate's and up's outputs, and what each adapter's A made. Differentiable once.
     """
     weight, eps, offset = norm or (None, 0.0, 0.0)
-    flags = (eps, offset, activation, residual, recompute)
-    return _mlp(x, None, weight, flags, *flatten([*gates, down], x))
+    flags = (eps, offset, activation, residual, recompute, False)
+    return _mlp(x, None, weight, flags, *flatten([*gates, down], x))[0]
 
 
 def lora_output_mlp(
@@ -163,8 +173,22 @@ def lora_output_mlp(
     mixed [T, a], residual [T, h] -> [T, h]. On a GPU the norm's kernel adds residual and the rank-r part of `output`.
     Saves what `lora_linear` of `mixed` and `lora_mlp` of x save. Differentiable once.
     """
-    flags = (norm.eps, norm.offset, activation, True, recompute)
-    return _mlp(residual, mixed, norm.weight, flags, *flatten([output, *gates, down], residual))
+    flags = (norm.eps, norm.offset, activation, True, recompute, True)
+    return _mlp(residual, mixed, norm.weight, flags, *flatten([output, *gates, down], residual))[0]
+
+
+def add_lora_mlp(
+    y: Tensor, residual: Tensor, norm: NormWeights, gates: Sequence[LoraWeights], down: LoraWeights,
+    activation: Activation = "silu", *, recompute: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(MLP(norm x), x) with x = y + residual, all [T, h]: for a layer that norms both branches before it adds them.
+
+    On a GPU the norm's kernel makes the sum. Saves what `lora_mlp` of x saves. Differentiable once.
+    """
+    flags = (norm.eps, norm.offset, activation, False, recompute, False)
+    out, x = _mlp(residual, y, norm.weight, flags, *flatten([*gates, down], residual))
+    assert x is not None
+    return out, x
 
 
 def _linear(x: Tensor, residual: Tensor | None, options: Options, tensors: Tensors) -> Tensor:
@@ -182,9 +206,9 @@ def _norm_linears(
 
 def _mlp(
     x: Tensor, mixed: Tensor | None, norm: Tensor | None, flags: Any, options: Options, tensors: Tensors
-) -> Tensor:
-    y: Tensor = _Mlp.apply(x, mixed, norm, flags, options, *tensors)  # type: ignore[no-untyped-call]
-    return y
+) -> tuple[Tensor, Tensor | None]:
+    y, summed = _Mlp.apply(x, mixed, norm, flags, options, *tensors)  # type: ignore[no-untyped-call]
+    return y, summed
 
 
 # For torch.compiler.allow_in_graph: dynamo's own tracing of autograd functions fails on them (torch 2.13), while
@@ -223,10 +247,10 @@ class _NormLinears(torch.autograd.Function):
         loras = unflatten(tensors, options)
         eps, ctx.offset, ctx.size = numbers
         y, rstd = _normalised(x, norm, eps, ctx.offset)
-        bare = loras if cos is None else [*(_bare(x, lora) for lora in loras[:2]), *loras[2:]]
+        bare = loras if cos is None else [*(bare_projection(x, lora) for lora in loras[:2]), *loras[2:]]
         outs, xa, masks = project(y.to(options.dtype), bare)
         if cos is not None and sin is not None:
-            updates = _low_ranks(xa, bare, loras)
+            updates = low_ranks(xa, bare, loras)
             heads = [
                 _turned(out, cos, sin, ctx.size, update=part) for out, part in zip(outs[:2], updates, strict=False)
             ]
@@ -264,43 +288,47 @@ class _Mlp(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx, x: Tensor, mixed: Tensor | None, norm: Tensor | None, flags: Any, options: Options,  # noqa: ANN001
         *tensors: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        eps, offset, activation, residual, recompute = flags
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        eps, offset, activation, residual, recompute, has_output = flags
         *gates, down = unflatten(tensors, options)
         xa_output: Tensor | None = None
         mask_output: list[Tensor] = []
+        ctx.mixed_dtype = None if mixed is None else mixed.dtype
         if mixed is None:
             y, rstd = _normalised(x, norm, eps, offset)
-        else:
+        elif has_output:
             output, *gates = gates
             y, rstd, x, xa_output, mask_output = _joined(mixed.to(options.dtype), x, output, norm, eps, offset)
-        bare = _bare_gates(x, gates)
+        else:
+            y, rstd, x = rms_norm_forward(mixed, norm, eps, offset, x)
+            mixed = None  # its gradient is the sum's, and needs nothing kept
+        bare = bare_gates(x, gates)
         outs, xa, masks = project(y.to(options.dtype), bare)
-        h = gated_forward(*_halves(outs), activation, _update(bare, gates, xa))
+        h = gated_forward(*_halves(outs), activation, gated_update(bare, gates, xa))
         out: Tensor
         (out,), xa_down, mask_down = project(h, [down], x if residual else None)
         ctx.count = 0 if recompute else len(outs)
         kept = (x, mixed, norm, rstd, xa_output, xa, xa_down, *outs[: ctx.count])
         ctx.save_for_backward(*kept, *tensors, *mask_output, *masks, *mask_down)
         ctx.options, ctx.flags = options, flags
-        return out
+        return out, x if ctx.mixed_dtype is not None and not has_output else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out: Tensor):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
+    def backward(ctx, d_out: Tensor, d_sum: Tensor | None):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
         (x, mixed, norm, rstd, xa_output, xa, xa_down, *outs), loras, masks = _saved(ctx, 7 + ctx.count)
-        _, offset, activation, residual, _ = ctx.flags
+        _, offset, activation, residual, _, has_output = ctx.flags
         need_x, need_mixed, need_norm = ctx.needs_input_grad[:3]
         needs, dtype = ctx.needs_input_grad[5:], ctx.options.dtype
-        first = 0 if mixed is None else 1
+        first = int(has_output)
         gates, down = loras[first:-1], loras[-1]
         y = (x if norm is None else rms_norm_apply(x, norm, rstd, offset)).to(dtype)
-        bare = _bare_gates(x, gates)
+        bare = bare_gates(x, gates)
         e, g = _halves(outs or outputs(y, xa, bare))
         d_low = d_out.to(dtype)
         d_xa = through_b([d_low], [down])
         d_h = input_gradient([d_low], d_xa, [down], masks[-1:])
-        h, d_e, d_g = gated_backward(d_h, e, g, activation, _update(bare, gates, xa))
+        h, d_e, d_g = gated_backward(d_h, e, g, activation, gated_update(bare, gates, xa))
         split = 4 * (len(loras) - 1)
         grads_down = weight_gradients([d_low], d_xa, h, xa_down, [down], masks[-1:], needs[split:])
         del d_h, h, e, g, outs
@@ -309,13 +337,13 @@ class _Mlp(torch.autograd.Function):
         need_sum = need_x or need_mixed or need_norm or any(needs[: 4 * first])
         d_y, grads = project_backward(d_outs, y, xa, gates, masks[first:-1], needs[4 * first : split], need_sum)
         del d_outs, y
-        d_x, d_norm = _norm_backward(d_y, x, norm, rstd, offset, need_norm, d_out if residual else None)
-        d_mixed, grads_output = None, []
-        if mixed is not None and d_x is not None:
+        d_x, d_norm = _norm_backward(d_y, x, norm, rstd, offset, need_norm, d_out if residual else d_sum)
+        d_mixed, grads_output = d_x, []
+        if has_output and d_x is not None:
             d_mixed, grads_output = project_backward(
                 [d_x.to(dtype)], mixed.to(dtype), xa_output, loras[:1], masks[:1], needs[:4], need_mixed
             )
-            d_mixed = None if d_mixed is None else d_mixed.to(mixed.dtype)
+        d_mixed = d_mixed.to(ctx.mixed_dtype) if d_mixed is not None and need_mixed else None
         grads = [*grads_output, *grads, *grads_down, *ctx.options.no_gradients]
         return d_x if need_x else None, d_mixed, d_norm, None, None, *grads
 
@@ -324,12 +352,12 @@ def _joined(
     mixed: Tensor, residual: Tensor, output: LoraWeights, norm: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, list[Tensor]]:
     """(norm of the sum, its 1 / rms, residual + output(mixed), mixed @ a.T, dropout masks)."""
-    bare = _bare(mixed, output)
+    bare = bare_projection(mixed, output)
     if bare is output or norm is None:  # the product's own accumulator adds the residual
         (x,), xa, masks = project(mixed, [output], residual)
         return *_normalised(x, norm, eps, offset), x, xa, masks
     (product,), xa, masks = project(mixed, [bare])
-    y, rstd, x = rms_norm_forward(product, norm, eps, offset, residual, _low_ranks(xa, [bare], [output])[0])
+    y, rstd, x = rms_norm_forward(product, norm, eps, offset, residual, low_ranks(xa, [bare], [output])[0])
     assert x is not None
     return y, rstd, x, xa, masks
 
@@ -341,37 +369,6 @@ def _saved(ctx: Any, count: int) -> tuple[tuple[Tensor, ...], list[LoraWeights],
     loras = unflatten(tensors[count:end], ctx.options)
     drawn = iter(tensors[end:])
     return tensors[:count], loras, [next(drawn) if drops(lora) else None for lora in loras]
-
-
-def _bare(x: Tensor, lora: LoraWeights) -> LoraWeights:
-    """The projection without its B where the Triton kernel that reads its product adds the rank-r part itself."""
-    return lora._replace(b=None) if lora.b is not None and absorbs(x) else lora
-
-
-def _low_ranks(xa: Tensor | None, bare: list[LoraWeights], loras: list[LoraWeights]) -> list[LowRank | None]:
-    """The rank-r part that each projection of `bare` lacks."""
-    parts = iter(() if xa is None else torch.split(xa, [lora.rank for lora in loras if lora.a is not None], -1))
-    updates: list[LowRank | None] = []
-    for lacking, lora in zip(bare, loras, strict=True):
-        part = None if lora.a is None else next(parts)
-        absent = part is not None and lora.b is not None and lacking.b is None
-        updates.append(LowRank(part, lora.b, lora.scaling) if absent else None)
-    return updates
-
-
-def _bare_gates(x: Tensor, gates: list[LoraWeights]) -> list[LoraWeights]:
-    """gate and up without their B where the Triton kernel that reads their products adds the rank-r parts itself."""
-    same = len(gates) == 2 and gates[0].rank == gates[1].rank > 0
-    return [lora._replace(b=None) for lora in gates] if same and absorbs(x) else gates
-
-
-def _update(bare: list[LoraWeights], gates: list[LoraWeights], xa: Tensor | None) -> GatedLora | None:
-    """The rank-r parts that `bare` lacks."""
-    gate, up = gates[0], gates[-1]
-    if bare is gates or xa is None or gate.b is None or up.b is None:
-        return None
-    xa_gate, xa_up = xa.chunk(2, -1)
-    return GatedLora(xa_gate, gate.b, xa_up, up.b, gate.scaling, up.scaling)
 
 
 def _halves(outs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

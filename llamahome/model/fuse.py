@@ -20,6 +20,7 @@ from llamahome.kernels.lora import (
     Angles,
     LoraWeights,
     NormWeights,
+    add_lora_mlp,
     lora_linear,
     lora_mlp,
     lora_output_mlp,
@@ -156,6 +157,8 @@ def _unfused_parts(layer: Any, family: Family) -> list[tuple[str, str]]:
     paths += [f"mlp.{name}" for name in (*family.gates, "down_proj")]
     kinds = [(path, layer.get_submodule(path)) for path in paths]
     faults = [(path, f"{_kind(module)} has no fused path") for path, module in kinds if projection(module) is None]
+    norms = [] if family.fused_norm else [item for item in layer.named_modules() if item[0].endswith("norm")]
+    faults += [(name, f"{type(norm).__name__} has no fused path") for name, norm in norms]
     if _activation(layer.mlp) is None:
         faults.append(("mlp", f"the activation {layer.mlp.config.hidden_act!r} has no fused path"))
     return faults
@@ -288,17 +291,24 @@ def _linears(
 
 
 def _after_attention(layer: Any, family: Family, mixed: Tensor, x: Tensor, recompute: bool) -> Tensor:
-    """The layer's output from its input x and attention's result; one operation where nothing stands between."""
+    """The layer's output from its input x and attention's result.
+
+    One operation adds the residual and norms the sum, where nothing else stands between: with the projection before it
+    if that has no norm of its own, as in Llama, or after that norm, as in Gemma.
+    """
     output = projection(layer.self_attn.o_proj)
     parts = _mlp_parts(layer, family)
-    plain = family.post_attention is None and family.post_mlp is None and family.pre_mlp and family.fused_norm
-    if not plain or output is None or parts is None:
+    if family.pre_mlp is None or not family.fused_norm or output is None or parts is None:
         x = _output(layer, family.post_attention, layer.self_attn.o_proj, mixed, x, family)
         return _mlp(layer, family, x, recompute)
     *gates, down = parts
-    norm = _norm(getattr(layer, family.pre_mlp or ""), family)
-    y: Tensor = lora_output_mlp(mixed, x, output, norm, gates, down, _activation(layer.mlp), recompute=recompute)
-    return y
+    norm, activation = _norm(getattr(layer, family.pre_mlp), family), _activation(layer.mlp)
+    if family.post_attention is None and family.post_mlp is None:
+        whole: Tensor = lora_output_mlp(mixed, x, output, norm, gates, down, activation, recompute=recompute)
+        return whole
+    branch = _apply_norm(layer, family.post_attention, lora_linear(mixed, output), family)
+    y, x = add_lora_mlp(branch, x, norm, gates, down, activation, recompute=recompute)
+    return x + _apply_norm(layer, family.post_mlp, y, family)
 
 
 def _mlp_parts(layer: Any, family: Family) -> list[LoraWeights] | None:

@@ -11,6 +11,8 @@ from llamahome.kernels.lora import (
     Angles,
     LoraWeights,
     NormWeights,
+    add_lora_mlp,
+    add_lora_mlp_reference,
     lora_linear,
     lora_linear_reference,
     lora_mlp,
@@ -127,6 +129,18 @@ def test_attentions_output_and_the_mlp_equal_the_definition(x, offset, dropout, 
         lambda: lora_output_mlp(mixed, x, output, norm, gates, down, recompute=recompute),
         lambda: lora_output_mlp_reference(mixed, x, output, norm, gates, down),
         [mixed, x, norm.weight, *trained(output, *gates, down)],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("offset", "dropout", "full"), [(0.0, 0.0, False), (1.0, 0.3, True)])
+def test_the_sum_of_two_branches_and_the_mlp_equal_the_definition(x, offset, dropout, full, recompute):
+    norm, other = norm_of(offset), torch.randn(T, H, dtype=torch.float64, requires_grad=True)
+    gates, down = [weights(F, H, 4, dropout=dropout), weights(F, H, 4)], weights(H, F, 3, full=full)
+    assert_equal(
+        lambda: add_lora_mlp(other, x, norm, gates, down, recompute=recompute),
+        lambda: add_lora_mlp_reference(other, x, norm, gates, down),
+        [other, x, norm.weight, *trained(*gates, down)],
     )  # fmt: skip
 
 

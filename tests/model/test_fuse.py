@@ -79,7 +79,8 @@ def test_outputs_and_gradients_stay_and_undo_gives_every_bit_back(name, lora):
     keys, expected = list(model.state_dict()), results(model)
     report = fuse(model)
     assert len(report.swapped) == 2
-    assert not report.kept
+    assert all("Norm has no fused path" in reason and name.startswith("Olmo") for reason in report.kept.values())
+    assert len(report.kept) == {"Olmo": 4, "Olmo2": 8}.get(name, 0)
     # The norms of transformers compute in fp32 whatever the model's type; those of the Olmos are called as they are.
     assert_near(results(model), expected, 1e-12 if name.startswith("Olmo") else 1e-5)
     assert list(model.state_dict()) == keys
