@@ -9,22 +9,16 @@ faults found, as JSON.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import shutil
-import signal
-import socket
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from failing import Say, at_every_call
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llamahome.errors import LlamaHomeError
 from llamahome.files import is_leftover, publish_folder
 from llamahome.training.checkpoint import (
     TrainingState,
@@ -37,7 +31,6 @@ from llamahome.training.checkpoint import (
 )
 from llamahome.training.rundir import RunFolder
 
-shim = ctypes.CDLL(None)
 KEEP = 2
 
 
@@ -73,38 +66,16 @@ def replace_best(run: Path, step: int) -> None:
             (best / name).write_text(str(step))
 
 
-def work(run: Path, parent: socket.socket) -> None:
+def work(run: Path, say: Say) -> None:
     for step in (6, 7):
         save(run, step)
-        parent.send(bytes([step]))
+        say(bytes([step]))
         retain(run, KEEP)
         replace_best(run, step)
 
 
-def child(run: Path, nth: int, error: int) -> tuple[int, int, int]:
-    """Work up to the nth call: exit code (minus the signal), the last acknowledged step, calls in all."""
-    reader, writer = socket.socketpair()
-    pid = os.fork()
-    if pid == 0:
-        code = 0
-        shim.arm(nth, error)
-        try:
-            work(run, writer)
-        except LlamaHomeError as failed:
-            code = failed.exit_code
-        except BaseException:
-            traceback.print_exc()
-            code = 99
-        writer.send(b"\0" + str(shim.counted()).encode())
-        os._exit(code)
-    writer.close()
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    with reader:
-        steps, _, calls = reader.makefile("rb").read().partition(b"\0")
-    return status, max(steps, default=5), int(calls or 0)
-
-
-def judge(run: Path, acknowledged: int, status: int) -> Iterator[str]:
+def judge(run: Path, said: bytes, status: int) -> Iterator[str]:
+    acknowledged = max(said, default=5)
     if status == 6 and (torn := [path.name for path in run.iterdir() if ".tmp-" in path.name]):
         yield f"left behind: {torn}"
     for path in checkpoints(run):
@@ -132,17 +103,7 @@ def main(folder: Path, error: int) -> None:
     for step in (4, 5):
         save(template, step)
     replace_best(template, 5)
-    shutil.copytree(template, folder / "whole")
-    status, _, calls = child(folder / "whole", 0, 0)
-    faults = [] if status == 0 else [f"without a fault: {status}"]
-    allowed = (0, 6) if error else (-signal.SIGKILL,)
-    for nth in range(1, calls + 1):
-        run = Path(shutil.copytree(template, folder / str(nth)))
-        status, acknowledged, _ = child(run, nth, error)
-        found = [] if status in allowed else [f"ended with {status}"]
-        faults += [f"call {nth}: {fault}" for fault in (*found, *judge(run, acknowledged, status))]
-        shutil.rmtree(run)
-    print(json.dumps({"calls": calls, "faults": faults}))
+    print(json.dumps(at_every_call(folder, error, template, work, judge)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -48,13 +49,26 @@ WRAP(int, mkdirat, (int fd, const char* path, mode_t mode), (fd, path, mode))
 WRAP(int, rmdir, (const char* path), (path))
 WRAP(int, unlink, (const char* path), (path))
 WRAP(int, unlinkat, (int fd, const char* path, int flags), (fd, path, flags))
+WRAP(int, renameat2, (int f, const char* a, int t, const char* b, unsigned flags), (f, a, t, b, flags))
+WRAP(int, link, (const char* a, const char* b), (a, b))
+WRAP(int, symlink, (const char* a, const char* b), (a, b))
+WRAP(int, fallocate, (int fd, int mode, off_t at, off_t size), (fd, mode, at, size))
+WRAP(int, fallocate64, (int fd, int mode, off64_t at, off64_t size), (fd, mode, at, size))
+WRAP(ssize_t, sendfile, (int to, int from, off_t* at, size_t size), (to, from, at, size))
+WRAP(ssize_t, sendfile64, (int to, int from, off64_t* at, size_t size), (to, from, at, size))
+WRAP(ssize_t, copy_file_range, (int f, off64_t* i, int t, off64_t* o, size_t n, unsigned flags), (f, i, t, o, n, flags))
 WRAP(ssize_t, writev, (int fd, const struct iovec* parts, int n), (fd, parts, n))
 
-ssize_t write(int fd, const void* data, size_t size) {
-  if (!now()) return NEXT(write)(fd, data, size);
-  if (!failure && NEXT(write)(fd, data, size / 2) < 0) return -1;
-  return stop();
-}
+/* A kill comes after the first half of what is written. */
+#define WRITE(name, parameters, arguments, half)    \
+  ssize_t name parameters {                         \
+    if (!now()) return NEXT(name) arguments;        \
+    if (!failure && NEXT(name) half < 0) return -1; \
+    return stop();                                  \
+  }
+WRITE(write, (int fd, const void* data, size_t size), (fd, data, size), (fd, data, size / 2))
+WRITE(pwrite, (int fd, const void* data, size_t size, off_t at), (fd, data, size, at), (fd, data, size / 2, at))
+WRITE(pwrite64, (int fd, const void* data, size_t size, off64_t at), (fd, data, size, at), (fd, data, size / 2, at))
 
 #define OPEN(name, before, given)                                           \
   int name(before const char* path, int flags, ...) {                       \

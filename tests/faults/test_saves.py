@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,15 +45,20 @@ def quick_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.param(errno.EIO, id="disk broken", marks=pytest.mark.slow),
     ],
 )
-def test_at_every_system_call_of_two_saves(error: int, shim: Path, quick_disk: Path) -> None:
+@pytest.mark.parametrize("script", ["failing_saves.py", "failing_stores.py"])
+def test_at_every_system_call(
+    script: str, error: int, shim: Path, quick_disk: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Two saves of checkpoints with their retention and `best`; an entry of the cache, records, state and `final`."""
     answer = subprocess.run(
-        [sys.executable, HERE / "failing_saves.py", quick_disk, str(error)],
+        [sys.executable, HERE / script, quick_disk, str(error)],
         env=os.environ | {"LD_PRELOAD": str(shim)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr
     result = json.loads(answer.stdout)
     assert result["faults"] == []
     assert result["calls"] > 100
+    record_property("failing calls" if error else "kills", result["calls"])
 
 
 def test_all_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
