@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
 
 _REDRAW_SECONDS = 0.2
 _EVENTS_SHOWN = 4
-_WORDS_SHOWN = 200  # characters of one value of an event
+_WORDS_SHOWN = 100  # characters of one value of an event
+_LOSSES_SHOWN = 48
 _BAR = 24
+_BLOCKS = "▁▂▃▄▅▆▇█"
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 # Line ends beyond ASCII, marks that turn the direction of text around, and halves of characters that cannot be written.
 _ESCAPES |= {
@@ -141,6 +144,7 @@ class LiveProgress:
         self._record: Record = {}
         self._evaluation: Record = {}
         self._events: deque[str] = deque(maxlen=_EVENTS_SHOWN)
+        self._losses: deque[float] = deque(maxlen=_LOSSES_SHOWN)
         self._drawn_at = float("-inf")
 
     def start(self, total_steps: int, step: int = 0) -> None:
@@ -150,6 +154,8 @@ class LiveProgress:
 
     def step(self, record: Record) -> None:
         self._record = dict(record)
+        if isinstance(loss := record.get("loss"), float) and math.isfinite(loss):
+            self._losses.append(loss)
         self._pace.advance(int(record["step"]))
         self._draw(now=self._pace.step == self._pace.total_steps)
 
@@ -196,6 +202,9 @@ class LiveProgress:
             if used is not None and limit:
                 style = "red" if used > limit else "yellow" if used > 0.9 * limit else "green"
                 lines.append(Text(f"{bar(used / limit)} memory {memory_text(used, limit)}", style=style))
+        if len(self._losses) > 1 and _draws(self._console.file):
+            curve = f"{sparkline(self._losses)} loss of the last {len(self._losses)} steps"
+            lines.append(Text(f"{curve}, {self._losses[0]:.3f} to {self._losses[-1]:.3f}", style="blue"))
         if self._evaluation:
             lines.append(Text(evaluation_text(self._evaluation), style="cyan"))
         return Group(*lines, *(Text(event, style="dim") for event in self._events))
@@ -216,14 +225,19 @@ def step_parts(record: Record, pace: Pace, memory: bool = True) -> list[str]:
 
 def event_text(event: Record) -> str:
     """An event in one clean line."""
-    values = ", ".join(f"{key} {_short(value)}" for key, value in event.items() if key != "event" and value is not None)
-    return clean(f"{event.get('event', 'event')}: {values}" if values else str(event.get("event", "event")))
+    name = str(event.get("event", "event"))
+    if name == "sample":
+        return clean(f"sample at step {event.get('step')}, {event.get('place')}: {_short('', event.get('answer'))!r}")
+    values = ", ".join(
+        f"{key} {_short(key, value)}" for key, value in event.items() if key != "event" and value is not None
+    )
+    return clean(f"{name}: {values}" if values else name)
 
 
 def evaluation_text(record: Record) -> str:
     names = [name for name in record if str(name).startswith("eval_")]
     where = f"evaluation at step {record['step']}: " if "step" in record else "evaluation: "
-    return clean(where + ", ".join(f"{name.removeprefix('eval_')} {_short(record[name])}" for name in names))
+    return clean(where + ", ".join(f"{name.removeprefix('eval_')} {_short(name, record[name])}" for name in names))
 
 
 def memory_text(used: float, limit: float | None) -> str:
@@ -241,12 +255,28 @@ def bar(share: float, width: int = _BAR) -> str:
     return f"[{'#' * filled}{'.' * (width - filled)}]"
 
 
+def sparkline(values: Sequence[float]) -> str:
+    """A curve of one line: the lowest value is the lowest block."""
+    low, high = min(values), max(values)
+    return "".join(_BLOCKS[round((value - low) / ((high - low) or 1.0) * (len(_BLOCKS) - 1))] for value in values)
+
+
+def _draws(stream: IO[str]) -> bool:
+    """Whether the stream's encoding has the blocks."""
+    return _encodable(_BLOCKS, stream) == _BLOCKS
+
+
 def clean(text: str, keep: str = "") -> str:
     """`text` without control characters other than those to `keep`, so that data cannot steer the terminal."""
     return text.translate({code: shown for code, shown in _ESCAPES.items() if chr(code) not in keep})
 
 
-def _short(value: Any) -> str:
+def _short(key: str, value: Any) -> str:
+    """A value for a person; its key says what it is."""
+    if isinstance(value, int | float) and (key.endswith("_bytes") or key in ("predicted", "measured")):
+        return memory_text(value, None)
+    if isinstance(value, int | float) and key == "seconds_left":
+        return duration(value)
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text if len(text) <= _WORDS_SHOWN else f"{text[:_WORDS_SHOWN]} ..."
 

@@ -29,7 +29,11 @@ def _choices(config: Config, facts: Mapping[str, Any]) -> Iterator[tuple[str, st
     trained = facts["trainable_parameters"] / 1e6
     yield "method", f"{config.training.method}, {trained:.2f} million trained parameters", ("training.method",)
     device = "CPU" if facts["device"] == "cpu" else f"{facts['device']}, CPU"
-    yield "device", f"{device} with {facts['threads']} threads", ("processing.device", "processing.threads")
+    yield (
+        "device",
+        f"{device} with {facts['threads']} thread{'s' * (facts['threads'] != 1)}",
+        ("processing.device", "processing.threads"),
+    )
     yield "precision", str(facts["precision"]), ("processing.precision",)
     yield "compile", str(facts["compile_mode"]), ("processing.compile_mode",)
     steps = f"{facts['total_steps']} steps of {facts['samples_per_step']} samples"

@@ -50,8 +50,8 @@ def preflight(config: Config, parts: Assembled, folder: RunFolder) -> Iterator[d
     if not _several_ranks():  # there, a checkpoint is saved by all together
         found |= _checkpoint(config, parts, folder)
     if not parts.loop.state.step:
-        yield from calibrate(parts.loop)
-        found |= yield from _longest(parts)
+        speed = yield from _calibrated(parts.loop)
+        found |= yield from _longest(parts, speed)
     found["seconds"] = time.perf_counter() - began
     logger.info("preflight done in %.1f s", found["seconds"])
     yield found
@@ -148,14 +148,38 @@ def _disk_bytes(config: Config, loop: TrainingLoop, saved: int) -> int:
     return (min(config.training.keep_last, max(1, saves)) + 1) * (saved + state * fresh) + 2 * saved
 
 
-def _longest(parts: Assembled) -> Generator[dict[str, Any], None, dict[str, Any]]:
+def _calibrated(loop: TrainingLoop) -> Generator[dict[str, Any], None, float | None]:
+    """What `calibrate` yields; the tokens a second of its last probe, None where it tried none with success."""
+    speed, began = None, time.perf_counter()
+    for event in calibrate(loop):
+        now = time.perf_counter()
+        if event["event"] == "calibrated":
+            speed = event["tokens"] / (now - began)
+        yield event
+        began = now
+    return speed
+
+
+def _longest(parts: Assembled, speed: float | None) -> Generator[dict[str, Any], None, dict[str, Any]]:
     """The longest sample forward and backward, and from its time (or a whole micro-batch's) that of the run.
 
-    Yields the events of a cut made smaller. Raises: MemoryLimitError when the longest sample alone does not fit.
+    With the `speed` of a calibration it has gone through already. Yields the events of a cut made smaller.
+    Raises: MemoryLimitError when the longest sample alone does not fit.
     """
     loop = parts.loop
     lengths = loop.batches.store.lengths()
     longest, tokens = np.array([int(lengths.argmax())]), int(lengths.max())
+    if speed is None:
+        speed = yield from _speed(loop, longest, tokens / _alone(loop, longest, tokens))
+    logger.info("longest sample: %s tokens went through forward and backward", f"{tokens:,}")
+    steps = loop.state.total_steps - loop.state.step
+    left = float(lengths.mean()) * loop.state.samples_per_step * steps / speed
+    logger.info("about %s for %d steps, without evaluations (%.0f tokens a second)", duration(left), steps, speed)
+    return {"longest_tokens": tokens, "seconds_left": left, "tokens_per_second": speed}
+
+
+def _alone(loop: TrainingLoop, longest: Ids, tokens: int) -> float:
+    """Seconds of the longest sample; tried twice. Raises: MemoryLimitError."""
     seconds, failure = _timed(loop, longest)
     if failure is not None:
         free_memory()
@@ -166,12 +190,7 @@ def _longest(parts: Assembled) -> Generator[dict[str, Any], None, dict[str, Any]
             where=loop.batches.place(int(longest[0])),
             fix="lower data.max_length, or set processing.gradient_checkpointing: true",
         ) from failure  # fmt: skip
-    logger.info("longest sample: %s tokens went through forward and backward", f"{tokens:,}")
-    speed = yield from _speed(loop, longest, tokens / seconds)
-    steps = loop.state.total_steps - loop.state.step
-    left = float(lengths.mean()) * loop.state.samples_per_step * steps / speed
-    logger.info("about %s for %d steps, without evaluations (%.0f tokens a second)", duration(left), steps, speed)
-    return {"longest_tokens": tokens, "seconds_left": left, "tokens_per_second": speed}
+    return seconds
 
 
 def _speed(loop: TrainingLoop, longest: Ids, first: float) -> Generator[dict[str, Any], None, float]:
