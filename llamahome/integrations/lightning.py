@@ -1,4 +1,4 @@
-"""The governor in Lightning, for modules with manual optimization: only they decide what a backward pass is over."""
+"""The engine's data in Lightning, and its governor for modules with manual optimization."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from llamahome.data.dataset import StreamingDataset
+from llamahome.integrations.rows import FlatCollator
 from llamahome.integrations.split import Batch, GovernedBatch
 from llamahome.memory.governor import MemoryGovernor
 
@@ -54,3 +57,38 @@ class GovernorCallback(pl.Callback):
         """The governor learns from the step's peak."""
         if self._governed is not None:
             self._governed.observe()
+
+
+class DataModule(pl.LightningDataModule):
+    """Flat rows of `batch_size` samples from token stores, as `FlatCollator` gives them; the position is resumable.
+
+        trainer.fit(module, DataModule(StreamingDataset(store), batch_size=8))
+
+    Lightning keeps `state_dict` in its checkpoints, so a run that is resumed goes on within the epoch. On several ranks
+    give the dataset its `rank` and `world_size`, and set `use_distributed_sampler=False`.
+    """
+
+    def __init__(
+        self, train: StreamingDataset, *, validation: StreamingDataset | None = None, batch_size: int = 8,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        """`options` go to torch's DataLoader."""
+        super().__init__()
+        self.train, self.validation = train, validation
+        self.batch_size, self.options = batch_size, options
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.train.loader(self.batch_size, collate_fn=FlatCollator(), **self.options)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        if self.validation is None:
+            return []
+        return self.validation.loader(self.batch_size, collate_fn=FlatCollator(), **self.options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the training data."""
+        return dict(self.train.state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises: CheckpointError when the position belongs to other data."""
+        self.train.load_state_dict(state_dict)

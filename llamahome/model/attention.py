@@ -41,6 +41,11 @@ def attention_forward(
         )  # fmt: skip
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
+    elif len(cu_seq_lens_q) < 2:  # accelerate's dispatcher cuts every tensor of a batch to the rows of the first
+        raise ModelError(
+            "the bounds of the samples in a row were cut off", where="cu_seq_lens_q",
+            fix='set accelerator_config={"dispatch_batches": False} in the TrainingArguments',
+        )  # fmt: skip
     # As autocast does for SDPA: RoPE gives fp32 queries and keys beside values in the low precision.
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
