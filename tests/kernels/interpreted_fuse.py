@@ -82,5 +82,5 @@ def test_a_fused_layer_equals_transformers_own(name, monkeypatch):
     fused = _results(model)
     assert tuple(map(len, counters)) == expected
     for ours, theirs, truth in zip(fused, own, exact, strict=True):
-        # transformers' norms compute in fp32 whatever the model's type, so float64's are not exact beyond it.
-        assert error(ours, truth) <= max(2e-6, 2 * error(theirs, truth))
+        # Some twenty products and norms in fp32 one after the other; transformers' own norms are fp32 in float64, too.
+        assert error(ours, truth) <= max(5e-6, 2 * error(theirs, truth))
