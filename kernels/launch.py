@@ -114,14 +114,14 @@ def _c(*configs: tuple[int, int, int, int]) -> tuple[LaunchConfig, ...]:
 _POWERS = tuple(2**i for i in range(18))
 
 # (kernel, shape class, architectures, the configuration, then what tuning tries besides it). Chosen by compiled code:
-# in 16 bits no spilled register on sm_90 and sm_100, none in a hot loop elsewhere, tensor-core instructions of the
-# architecture, shared memory within its limit; fp32 is there to be right, and spills. None was timed on a GPU. A class
-# of head sizes is named by its largest.
+# in 16 bits no spilled register, the alternatives included, tensor-core instructions of the architecture, shared memory
+# within its limit; fp32 is there to be right, and spills. None was timed on a GPU. A class of head sizes is named by
+# its largest.
 _ROWS: tuple[tuple[str, str, tuple[str, ...], tuple[LaunchConfig, ...]], ...] = (
     ("attention_forward", "tma64", _NEWER, _c((128, 64, 8, 3), (128, 128, 8, 2))),
     ("attention_forward", "tma128", _NEWER, _c((128, 128, 8, 2), (128, 64, 8, 3))),
     ("attention_forward", "tma256", _NEWER, _c((128, 64, 8, 2))),
-    ("attention_forward", "pointers64", ("sm_80",), _c((128, 64, 8, 3), (64, 64, 4, 2))),
+    ("attention_forward", "pointers64", ("sm_80",), _c((128, 64, 8, 3))),
     ("attention_forward", "pointers64", _ALL[1:], _c((128, 64, 8, 2), (64, 64, 4, 2))),
     ("attention_forward", "pointers128", ("sm_80",), _c((128, 64, 8, 3), (64, 64, 4, 2))),
     ("attention_forward", "pointers128", ("sm_86", "sm_89"), _c((128, 32, 8, 2), (64, 32, 4, 2))),
@@ -134,7 +134,7 @@ _ROWS: tuple[tuple[str, str, tuple[str, ...], tuple[LaunchConfig, ...]], ...] = 
     ("attention_dq", "tma128", ("sm_90",), _c((128, 64, 8, 2), (64, 64, 4, 2))),
     ("attention_dq", "tma128", ("sm_100",), _c((128, 64, 8, 2))),
     ("attention_dq", "tma256", _NEWER, _c((128, 32, 8, 2))),
-    ("attention_dq", "pointers64", _OLDER, _c((64, 32, 4, 2), (64, 64, 4, 2))),
+    ("attention_dq", "pointers64", _OLDER, _c((64, 32, 4, 2))),
     ("attention_dq", "pointers64", _NEWER, _c((128, 64, 8, 2))),
     ("attention_dq", "pointers64", ("gfx942",), _c((64, 64, 4, 2), (64, 32, 4, 2))),
     ("attention_dq", "pointers128", (*_OLDER, "gfx942"), _c((64, 32, 4, 2))),
