@@ -13,9 +13,10 @@ import torch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 KERNELS = (
-    "attention", "attention, window 2", "rms_norm", "add_rms_norm", "rope", "gated", "linear_cross_entropy",
-    "norm + q, k, v with LoRA", "MLP with LoRA",
+    "attention", "attention, window 2", "attention, soft-cap 50", "rms_norm", "add_rms_norm", "rope", "gated",
+    "linear_cross_entropy", "norm + q, k, v with LoRA + rope", "MLP with LoRA", "output + norm + MLP with LoRA",
 )  # fmt: skip
+FORWARD_ONLY = "LoRA linear, few rows", "LoRA linear in 4 bits, few rows", "4 bits made dense"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -38,6 +39,13 @@ def test_every_kernel_is_timed_and_as_exact_as_plain_pytorch(figures, kernel):
     for operation in ("ours", "eager"):
         assert figures[f"tiny/{kernel}/{operation}/forward_ms"] > 0
         assert figures[f"tiny/{kernel}/{operation}/both_ms"] > 0
+
+
+@pytest.mark.parametrize("kernel", FORWARD_ONLY)
+def test_kernels_without_a_gradient_are_timed(figures, kernel):
+    ours, eager = (figures.get(f"tiny/{kernel}/{operation}/error", 0.0) for operation in ("ours", "eager"))
+    assert ours <= max(1.5 * eager, 1e-5)
+    assert figures[f"tiny/{kernel}/ours/forward_ms"] > 0
 
 
 @pytest.mark.parametrize("variant", ["transformers + PEFT", "ours", "ours, fused"])
@@ -75,3 +83,24 @@ def test_a_wrong_kernel_and_a_failing_rival_are_named(monkeypatch):
 
     row = gpu.measured(case, refuses, TINY.tokens, torch.device("cpu"), 1)
     assert row == {"failed": "NotImplementedError: not on this device"}
+
+
+def test_a_leak_is_found_and_what_has_no_time_is_left_out(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import gpu
+    from gpu_kernels import TINY, cases
+
+    cpu = torch.device("cpu")
+    case = next(case for case in cases(TINY, cpu) if case.isolated)
+    assert not gpu.leaks(case, case.ours, TINY.tokens)
+    leaky = lambda q, k, v: case.ours(q, k, v) + 1e-2 * v.mean()  # noqa: E731
+    assert gpu.leaks(case, leaky, TINY.tokens)
+    row = gpu.measured(case._replace(ours=leaky), leaky, TINY.tokens, cpu, 1)
+    assert gpu.inexact([{"shape": "tiny", "kernel": "attention", "operation": "ours"} | row]) == [
+        "tiny, attention: leaks"
+    ]
+    left = gpu.kernel_rows(TINY, cpu, 1, until=0.0)
+    assert len(left) == len(list(cases(TINY, cpu)))
+    assert all(row["failed"] == gpu.LEFT_OUT for row in [*left, *gpu.model_rows(TINY, 1, cpu, 1, until=0.0)])
+    assert gpu.inexact(left) == []
+    assert gpu.KERNEL_SECONDS < gpu.LAST_START < 8 * 60
