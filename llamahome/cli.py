@@ -15,6 +15,7 @@ import click
 
 from llamahome import __version__
 from llamahome.commands.data import cache, data
+from llamahome.commands.import_config import import_config
 from llamahome.commands.init import completion, init
 from llamahome.commands.launch import launch, tell_torchrun, without_option
 from llamahome.commands.options import base_model, changes, load_config, print_error, print_line, settings
@@ -158,6 +159,7 @@ cli.add_command(doctor)
 cli.add_command(report)
 cli.add_command(watch)
 cli.add_command(init)
+cli.add_command(import_config)
 cli.add_command(completion)
 
 

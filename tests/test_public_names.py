@@ -25,6 +25,7 @@ COMMANDS = {
     "llamahome chat": {"MODEL", "--prompt", "--system", "--max-new-tokens", "--temperature", "--model", *SETTINGS},
     "llamahome doctor": {"--json", *SETTINGS},
     "llamahome init": {"DATA", "--model", "--output", "--all", *SETTINGS},
+    "llamahome import-config": {"FILE", "--output"},
     "llamahome completion": {"SHELL"},
     "llamahome report": {"RUNS", "--output"},
     "llamahome watch": {"RUN", "--interval"},
