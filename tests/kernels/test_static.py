@@ -107,6 +107,10 @@ def test_the_golden_file_has_rows_of_every_architecture(arch):
         "attention_dq_d128_tma_128x64_2 sm_90",
         "attention_dkv_d128_tma_64x128_2 sm_90",
         "cross_entropy sm_90",
+        "rope 128 lora 16 sm_90",
+        "add_rms_norm lora 16 sm_90",
+        "lora small 16 sm_90",
+        "lora small nf4 nested 16 sm_90",
     ],
 )
 def test_the_documented_figures_are_the_golden_ones(row):
