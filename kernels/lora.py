@@ -279,7 +279,7 @@ def _turned(
     x: Tensor, cos: Tensor, sin: Tensor, size: int, *, inverse: bool = False, update: LowRank | None = None
 ) -> Tensor:
     """Heads that stand in a row, [T, H * D], turned."""
-    turned: Tensor = rope_apply(x.view(len(x), -1, size), cos, sin, inverse, update)
+    turned: Tensor = rope_apply(x.view(x.shape[0], -1, size), cos, sin, inverse, update)
     return turned.flatten(1)
 
 
