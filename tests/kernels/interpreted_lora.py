@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from against_float64 import DTYPES, check, error, random
+from torch._dynamo.backends.common import aot_autograd
 
-from llamahome.kernels import mlp_triton, norm_lora_triton, rope_triton
+from llamahome.kernels import mlp_triton, nf4, norm_lora_triton, rope_triton
 from llamahome.kernels.lora import (
+    TRACED_BY_RUNNING,
     Angles,
     LoraWeights,
     NormWeights,
@@ -128,3 +130,46 @@ def test_gates_of_two_ranks_are_added_by_products(ranks, monkeypatch):
     inputs = [random(ROWS, HIDDEN), random(HIDDEN, seed=33)]
     _compare(form(lora_mlp), form(lora_mlp_reference), torch.float32, inputs, loras)
     assert gated[0][3] is None
+
+
+def test_a_compiler_sees_one_graph_in_which_operators_absorb():
+    loras = [_weights(1, 24, HIDDEN), _weights(5, 8, HIDDEN), _weights(9, 8, HIDDEN), _weights(13, HIDDEN, 24)]
+    loras += [_weights(17, WIDTH, HIDDEN), _weights(21, WIDTH, HIDDEN), _weights(25, HIDDEN, WIDTH)]
+    loras[2] = loras[2]._replace(weight=nf4.quantize(loras[2].weight))
+    for lora in loras:
+        lora.a.requires_grad_(), lora.b.requires_grad_()
+    half = random(ROWS, SIZE // 2, seed=30)
+    cos, sin = (torch.cat((part, part), -1).float() for part in (half.cos(), half.sin()))
+    norm = NormWeights(random(HIDDEN, seed=31).float(), 1e-6)
+    nodes = []
+
+    def layer(x):
+        q, k, v = norm_lora_linears(x, norm, loras[:3], Angles(cos, sin, SIZE))
+        return lora_output_mlp(q + k.repeat(1, 3) + v.repeat(1, 3), x, loras[3], norm, loras[4:6], loras[6])
+
+    def noted(graph, inputs):
+        nodes.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    for function in TRACED_BY_RUNNING:
+        torch.compiler.allow_in_graph(function)
+    x = random(ROWS, HIDDEN).float().requires_grad_()
+    leaves = [x, *(tensor for lora in loras for tensor in (lora.a, lora.b))]
+    results = []
+    for form in (
+        layer,
+        torch.compile(layer, backend=aot_autograd(fw_compiler=noted, bw_compiler=noted), fullgraph=True),
+    ):
+        y = form(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+    for name in (
+        "rope_lora",
+        "add_rms_norm_lora",
+        "gated_lora",
+        "gated_backward",
+        "nf4_dequantize",
+        "rms_norm_backward",
+    ):
+        assert any(target.startswith(f"llamahome.{name}") for target in nodes), (name, sorted(set(nodes)))
