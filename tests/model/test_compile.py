@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from llamahome.config import Config
 from llamahome.kernels.lora import TRACED_BY_RUNNING
@@ -36,7 +37,9 @@ SAMPLES = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_layer_has_no_graph_break(objective, fused):
+def test_a_layer_has_no_graph_break_and_new_lengths_compile_nothing(objective, fused):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
     expected = _loss_and_gradient(objective, SAMPLES)
     if fused:
         fuse(objective.model)
@@ -44,11 +47,14 @@ def test_a_layer_has_no_graph_break(objective, fused):
             torch.compiler.allow_in_graph(function)
     objective.causal.enable_input_require_grads()
     for layer in decoder_layers(objective.causal):
-        layer.compile(backend="aot_eager", fullgraph=True, dynamic=True)
-    for samples in (SAMPLES, SAMPLES[:2]):
+        layer.compile(backend=counter, fullgraph=True, dynamic=True)
+    compiled = []
+    for samples in (SAMPLES, SAMPLES[:2], SAMPLES[1:], SAMPLES * 2):
         found = _loss_and_gradient(objective, samples)
         if samples is SAMPLES:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        compiled.append(counter.frame_count)
+    assert compiled[1:] == compiled[1:2] * 3
 
 
 @pytest.mark.slow
