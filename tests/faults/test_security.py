@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+LOCK = ROOT / "requirements.lock"
 MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "socketserver", "http.server", "xmlrpc"}
 CALLS = {"eval", "exec", "pickle.loads", "pickle.load", "torch.load", "yaml.load", "os.system", "socket.create_server"}
 
@@ -55,3 +56,14 @@ def test_the_tests_that_the_page_names_exist() -> None:
     assert len(named) > 15
     missing = [name for file, name in named if f"def {name.split('::')[-1]}(" not in (ROOT / file).read_text()]
     assert missing == []
+
+
+def test_the_lock_holds_the_versions_that_are_tested_each_with_hashes() -> None:
+    entries = re.findall(r"^([\w.-]+==\S+) \\\n((?: +--hash=sha256:[0-9a-f]{64}.*\n)+)", LOCK.read_text(), re.MULTILINE)
+    pinned = {line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"}
+    assert {same_name(name) for name, _ in entries} == {same_name(line) for line in pinned}
+
+
+def same_name(pinned: str) -> str:
+    """A name and version as the package index spells them."""
+    return re.sub(r"[-_.]+(?=.*==)", "-", pinned.partition(" ")[0]).lower()
