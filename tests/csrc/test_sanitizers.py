@@ -24,8 +24,9 @@ def build(program: str, sanitizers: str, folder: Path) -> Path:
     return binary
 
 
-def test_damaged_files_never_lead_outside(tmp_path: Path) -> None:
-    fuzz = build("fuzz_reader", "address,undefined", tmp_path)
+@pytest.mark.parametrize("program", ["fuzz_reader", "fuzz_bytes"])
+def test_damaged_files_never_lead_outside(program: str, tmp_path: Path) -> None:
+    fuzz = build(program, "address,undefined", tmp_path)
     seconds = os.environ.get("LLAMAHOME_FUZZ_SECONDS", "15")
     subprocess.run([fuzz, seconds], check=True, env=os.environ | {"TMPDIR": str(tmp_path)})
 
