@@ -11,7 +11,7 @@ RUN_OPTIONS = $(if $(MODEL),--model "$(MODEL)") $(if $(OUTPUT),--output "$(OUTPU
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train train-resume train-eval test test-slow lint format types kernels bench wheel lock audit sbom clean
+.PHONY: help setup train train-resume train-eval test test-slow lint format types kernels bench docs wheel lock audit sbom clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '%-14s%s\n' "$$name" "$$text"; done
@@ -52,6 +52,10 @@ kernels: setup  ## Compile every GPU kernel, without a GPU, and hold it to its l
 
 bench: setup  ## Time the parts against fixed references and hold the ratios to benchmarks/budgets.json [ARGS=--quick]
 	@$(BIN)/python benchmarks/suite.py --check $(ARGS)
+
+docs:  ## Build the documentation site into build/site, in an environment of its own
+	@test -x build/docs/bin/zensical || { $(PYTHON) -m venv build/docs && build/docs/bin/python -m pip install --quiet --disable-pip-version-check zensical; }
+	@build/docs/bin/zensical build
 
 wheel: setup  ## Build the wheel into dist/
 	@rm -rf dist
