@@ -11,10 +11,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llamahome.config import Config
 from llamahome.files import publish_folder
+from llamahome.training.run import train
 
 HERE = Path(__file__).parent
 
@@ -82,3 +85,23 @@ def test_all_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pyt
     renamed = events.index(("rename", "best"))
     assert {name for _, name in events[:renamed]} == {"a", "b", "inner", folder.name}
     assert events[renamed + 1 :] == [("fsync", "run")]
+
+
+def test_records_are_on_disk_before_their_checkpoint(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def noted_rename(source: Path, target: Path) -> None:
+        events.append(Path(target).name)
+        rename(source, target)
+
+    settings = place.settings | {"optimization.max_steps": 2, "training.save_steps": 1}
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    train(Config.load(None, settings))
+    order = [name for name in events if name == "metrics.jsonl" or name in ("checkpoint-1", "checkpoint-2")]
+    assert order == ["metrics.jsonl", "checkpoint-1", "metrics.jsonl", "checkpoint-2"]

@@ -113,7 +113,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_every_damage_of_every_file_is_found(saved, tmp_path, kind):
+def test_every_damage_of_every_file_is_found(saved, tmp_path, kind, record_property):
     assert fault_of(saved) is None
     names = [path.name for path in saved.iterdir() if path.name != "manifest.json"]
     assert len(names) == 5
@@ -125,6 +125,7 @@ def test_every_damage_of_every_file_is_found(saved, tmp_path, kind):
         assert fault.startswith(name)
         with pytest.raises(CheckpointError, match=f"no usable checkpoint: checkpoint-4: {name}"):
             newest_good(copy)
+    record_property("corruptions", len(names))
 
 
 def files_of(manifest, **change):
