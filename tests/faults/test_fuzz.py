@@ -1,6 +1,6 @@
 """Mutated bytes of everything that is read: an answer or one clear error, never a traceback.
 
-LLAMAHOME_FUZZ_SECONDS is the time of each test (3 by default, 15 in CI's slow stage).
+LLAMAHOME_FUZZ_SECONDS is the time of each test, 3 by default.
 """
 
 from __future__ import annotations
