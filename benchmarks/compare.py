@@ -11,8 +11,9 @@ machine's matrix products), `first_step_seconds`, and `loss_difference`, the lar
 loss. `peer_spread` is the same between two runs of the peer, whole and in two micro-batches: what rounding alone does.
 The first steps of each run are left out of the speeds.
 
-Both sides train on the same samples at each step. Where a case needs less memory, each side uses what it has for that:
-the peer computes its layers' activations again, and ours may cut the step into micro-batches instead (`OURS`).
+Both sides train on the same samples at each step. `--ours` changes settings of our side alone, which the section then
+names: with less memory on both sides, the peer computes its activations again and ours may cut the step instead, say
+`--case lora-bf16-checkpointing --ours checkpointing='"mlp"' --ours micro_samples=1`.
 """
 
 from __future__ import annotations
@@ -36,10 +37,6 @@ CASES: dict[str, dict[str, Any]] = {
     "full-bf16": {"method": "full"},
 }
 DEFAULTS = {"method": "lora", "precision": "bf16", "checkpointing": False}
-# What ours does otherwise than the peer: `micro_samples` of a step at a time, how it recomputes.
-OURS: dict[str, dict[str, Any]] = {
-    "lora-bf16-checkpointing": {"checkpointing": False, "micro_samples": 1},
-}
 
 
 def measure(side: str, settings: dict[str, Any], warm: int) -> dict[str, Any]:
@@ -65,12 +62,12 @@ def measure(side: str, settings: dict[str, Any], warm: int) -> dict[str, Any]:
     }
 
 
-def compare(case: str, settings: dict[str, Any], rounds: int, warm: int) -> dict[str, Any]:
+def compare(settings: dict[str, Any], own: dict[str, Any], rounds: int, warm: int) -> dict[str, Any]:
     """Both sides in turn; ratios within each round, medians over the rounds."""
     pairs = []
     peer = {**settings, "compile_mode": "none"}
     for _ in range(rounds):
-        ours = measure("llamahome", settings | OURS.get(case, {}), warm)
+        ours = measure("llamahome", settings | own, warm)
         theirs = measure("hf", peer, warm)
         pairs.append((ours, theirs))
         print(json.dumps({"llamahome": ours, "hf": theirs}), file=sys.stderr)
@@ -134,6 +131,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--compile-mode", default="default", help="ours only")
+    parser.add_argument("--ours", action="append", default=[], metavar="KEY=JSON", help="a setting of our side alone")
     parser.add_argument("--write", type=Path, help="a Markdown file that gets a section")
     parser.add_argument("--quick", action="store_true", help="LoRA in bf16, one round of 3 steps of 2 samples")
     parser.add_argument("--json", action="store_true", help="print nothing but the last line")
@@ -141,6 +139,7 @@ def main() -> None:
     if args.quick:
         args.case, args.steps, args.warm, args.samples, args.rounds = ["lora-bf16"], 3, 1, 2, 1
     load = os.getloadavg()[0]
+    own = {key: json.loads(value) for key, _, value in (text.partition("=") for text in args.ours)}
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data.jsonl")
@@ -157,14 +156,15 @@ def main() -> None:
                 "samples": args.samples, "micro_samples": args.samples, "threads": args.threads,
                 "compile_mode": args.compile_mode,
             }  # fmt: skip
-            results[case] = compare(case, settings, args.rounds, args.warm)
+            results[case] = compare(settings, own, args.rounds, args.warm)
             if not args.json:
                 print(case, results[case], flush=True)
     if not args.json:
         print(table(results))
     if args.write:
         command = f"python benchmarks/compare.py --data {args.data and args.data.name} --rounds {args.rounds}"
-        write_section(args.write, results, f"{command} --steps {args.steps} --threads {args.threads}", load)
+        command += f" --steps {args.steps} --threads {args.threads}" + "".join(f" --ours {text}" for text in args.ours)
+        write_section(args.write, results, command, load)
     print(json.dumps(results))
 
 
