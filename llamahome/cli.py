@@ -18,6 +18,7 @@ from llamahome.commands.data import cache, data
 from llamahome.commands.import_config import import_config
 from llamahome.commands.init import completion, init
 from llamahome.commands.launch import launch, tell_torchrun, without_option
+from llamahome.commands.merge import merge
 from llamahome.commands.options import base_model, changes, load_config, print_error, print_line, settings
 from llamahome.commands.plan import plan
 from llamahome.commands.tools import chat, doctor, report, watch
@@ -136,24 +137,10 @@ def train_eval(model: str, data: str, output: Path | None, base: str | None, as_
         write_json(output or folder / "evaluation.json", figures)
 
 
-@cli.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for the merged model.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp32", "fp16"]), help="Number format [default: the base model's].")
-@click.option("--model", "base", help="The adapter's base model [default: the one it names].")
-@settings
-def merge(adapter: Path, output: Path, dtype: str | None, base: str | None, **given: Any) -> None:
-    """Merge ADAPTER (its folder, or a run's) into its base model, proved equal to the adapter on probe prompts."""
-    from llamahome.model.export import merge_adapter
-    from llamahome.training.checkpoint import model_folder
-
-    config, adapter = load_config(given, base_model(base)), model_folder(adapter.expanduser())
-    print_line(str(merge_adapter(adapter, output, config.model, dtype=dtype, cache_dir=config.cache.dir)))
-
-
 cli.add_command(data)
 cli.add_command(cache)
 cli.add_command(plan)
+cli.add_command(merge)
 cli.add_command(chat)
 cli.add_command(doctor)
 cli.add_command(report)

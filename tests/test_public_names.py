@@ -21,7 +21,7 @@ COMMANDS = {
     "llamahome train": {"DATA", "--model", "--output", "--eval-data", "--dry-run", "--nproc", "--json", *SETTINGS},
     "llamahome train-resume": {"CHECKPOINT", "--trust-run", "--nproc", "--json", *SETTINGS},
     "llamahome train-eval": {"MODEL", "DATA", "--output", "--model", "--json", *SETTINGS},
-    "llamahome merge": {"ADAPTER", "--output", "--model", "--dtype", *SETTINGS},
+    "llamahome merge": {"ADAPTER", "--output", "--format", "--model", "--dtype", *SETTINGS},
     "llamahome chat": {"MODEL", "--prompt", "--system", "--max-new-tokens", "--temperature", "--model", *SETTINGS},
     "llamahome doctor": {"--json", *SETTINGS},
     "llamahome init": {"DATA", "--model", "--output", "--all", *SETTINGS},

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llamahome.config import ModelSettings
 from llamahome.errors import ModelError, UsageError
 from llamahome.files import publish_folder, write_json
-from llamahome.model.adapters import BASE_RECORD, adapter_state, read_adapter
+from llamahome.model.adapters import BASE_RECORD, adapter_state, read_adapter, scheme_in
+from llamahome.model.card import model_card
 from llamahome.model.checks import model_fingerprint, read_json
-from llamahome.model.fake_quant import record_of
+from llamahome.model.fake_quant import fix_rounding, record_of, switch
+from llamahome.model.gguf_export import Kind, read_gguf, write_gguf
 from llamahome.model.load import load_model, load_trained, source_of
 from llamahome.model.quantize import NF4, quantized_layers
 from llamahome.model.quiet import quiet_transformers
 from llamahome.model.source import ModelSource, is_adapter
+from llamahome.model.torchao_export import read_converted, write_converted
 
 if TYPE_CHECKING:
     import torch
 
+Form = Literal["safetensors", "gguf-f16", "gguf-q8_0", "torchao"]
 PROBES = (
     "The river rises in the hills and runs for two hundred miles to the sea.",
     "Question: what is 17 plus 25? Answer: 17 + 25 = 42.",
@@ -29,7 +34,9 @@ PROBES = (
 )
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Largest |difference| / |logits| (Frobenius) that rounding the merged weights to the dtype explains.
-TOLERANCES = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
+TOLERANCES = {
+    "float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2, "f16": 5e-3, "q8_0": 5e-2, "torchao": 1e-4,
+}  # fmt: skip
 _LOST = 0.5  # a merge whose error is above this share of what the adapter does has lost the adapter
 
 
@@ -37,22 +44,24 @@ _LOST = 0.5  # a merge whose error is above this share of what the adapter does 
 class MergeReport:
     """How the merged model's logits on the probes differ from the adapter model's; all in float32 arithmetic.
 
-    `relative_difference` is |merged - adapter| / |adapter| and `adapter_effect` |base - adapter| / |adapter|.
+    `relative_difference` is |merged - adapter| / |adapter| and `adapter_effect` |base - adapter| / |adapter|, None
+    for a model without adapter. `dtype` is that of the files: a torch type, a GGUF type or "torchao".
     """
 
     dtype: str
     relative_difference: float
     max_absolute_difference: float
-    adapter_effect: float
+    adapter_effect: float | None
     tolerance: float
     probe_tokens: int
 
     def __str__(self) -> str:
-        return (
-            f"merged in {self.dtype}: logits on {self.probe_tokens} probe tokens differ from the adapter's by "
-            f"{self.relative_difference:.1e} (at most {self.tolerance:.0e}); the adapter changes them by "
-            f"{self.adapter_effect:.1e}"
+        whose = "trained model" if self.adapter_effect is None else "adapter"
+        text = (
+            f"merged in {self.dtype}: logits on {self.probe_tokens} probe tokens differ from the {whose}'s by "
+            f"{self.relative_difference:.1e} (at most {self.tolerance:.0e})"
         )
+        return text if self.adapter_effect is None else f"{text}; the adapter changes them by {self.adapter_effect:.1e}"
 
 
 def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -115,43 +124,66 @@ def read_weights(model: Any, folder: Path) -> None:
 
 def merge_adapter(
     adapter: str | Path, output: str | Path, settings: ModelSettings | None = None, *, dtype: str | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None, form: Form = "safetensors",
 ) -> MergeReport:  # fmt: skip
     """Write the base model with the adapter's update added into `output`, proved equal on fixed probe texts.
 
-    Weights are added in float32 and rounded once to `dtype` (fp32, bf16 or fp16; None: the base's own). The files are
-    then read back and their logits compared with the adapter's; `merge.json` beside them holds the figures. Raises:
-    ModelError when they differ by more than rounding explains, with nothing left at `output`; UsageError when `output`
-    is not empty.
+    Weights are added in float32 and rounded once to `dtype` (fp32, bf16 or fp16; None: the base's own) or to what
+    `form` says. What was trained by `qat` is written with the rounded weights, or as torchao's layers. A whole model is
+    taken too where there is something to do: another form, or weights to round. The files are then read back and their
+    logits compared with the trained model's; `merge.json` beside them holds the figures, README.md how it was trained.
+    Raises: ModelError when they differ by more than rounding explains, with nothing left at `output`; UsageError when
+    `output` is not empty; MissingError without torchao.
     """
     import torch
 
     adapter, output = Path(adapter).expanduser(), Path(output).expanduser()
-    if not is_adapter(adapter):
+    if not is_adapter(adapter) and form == "safetensors" and scheme_in(adapter) is None:
         raise ModelError("no adapter_config.json", where=str(adapter.absolute()), fix="name an adapter's folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError("the output is not empty", where=str(output.absolute()), fix="name a new folder")
-    model, tokenizer = load_trained(
-        adapter, settings or ModelSettings(), dtype=torch.float32, device="cpu", attention="sdpa", cache_dir=cache_dir
-    )
+    load = partial(load_trained, adapter, settings or ModelSettings(), dtype=torch.float32, device="cpu",
+                   attention="sdpa", cache_dir=cache_dir)  # fmt: skip
+    model, tokenizer = load()
+    switch(model, True, activations=form == "torchao")  # only torchao's layers round their inputs
     probes = _probe_ids(tokenizer, model.config.get_text_config().vocab_size)
-    wanted = _logits(model, probes)
-    with model.disable_adapter():
-        without = _logits(model, probes)
+    wanted, without = _logits(model, probes), None
+    if hasattr(model, "peft_config"):
+        with model.disable_adapter():
+            without = _logits(model, probes)
+    base = source_of(model)
+    if form == "torchao" and record_of(model) is None:
+        raise ModelError("not trained by qat", where=str(adapter.absolute()), fix="choose another format")
     target = _stored_dtype(model) if dtype is None else getattr(torch, _DTYPES[dtype])
     if any(quantized_layers(model)):  # PEFT would merge into 4 bits again
         del model
-        model, _ = load_trained(adapter, settings or ModelSettings(), dtype=torch.float32, device="cpu",
-                                attention="sdpa", cache_dir=cache_dir, unpack=True)  # fmt: skip
+        model, _ = load(unpack=True)
+    merged = model.merge_and_unload(safe_merge=True) if hasattr(model, "peft_config") else model
+    del model
     with publish_folder(output) as folder:
-        merged = model.merge_and_unload(safe_merge=True).to(target)
-        merged.config.dtype = target
-        write_model(merged, tokenizer, folder)
-        del model, merged
-        report = _compare(_reload(folder, probes), wanted, without, str(target).removeprefix("torch."))
+        kind = _write(merged, tokenizer, folder, form, target)
+        del merged
+        report = _compare(_reload(folder, probes, form), wanted, without, kind)
         _check_proof(report, adapter)
         write_json(folder / "merge.json", asdict(report))
+        card = model_card(output.name, base.name if base else None, adapter, str(report))
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return report
+
+
+def _write(merged: Any, tokenizer: Any, folder: Path, form: Form, target: torch.dtype) -> str:
+    """The files of the merged model in float32; returns the number format that they hold."""
+    if form == "torchao":
+        return write_converted(merged, tokenizer, folder)
+    fix_rounding(merged)
+    if form == "safetensors":
+        merged.to(target)
+        merged.config.dtype = target
+        write_model(merged, tokenizer, folder)
+        return str(target).removeprefix("torch.")
+    kind: Kind = "f16" if form == "gguf-f16" else "q8_0"
+    write_gguf(merged, tokenizer, folder / f"model-{kind}.gguf", kind)
+    return kind
 
 
 def _stored_dtype(model: Any) -> torch.dtype:
@@ -165,9 +197,13 @@ def _stored_dtype(model: Any) -> torch.dtype:
     return dtype
 
 
-def _reload(folder: Path, probes: torch.Tensor) -> torch.Tensor:
+def _reload(folder: Path, probes: torch.Tensor, form: Form) -> torch.Tensor:
     import torch
 
+    if form == "torchao":
+        return _logits(read_converted(folder), probes)
+    if form != "safetensors":
+        return _logits(read_gguf(next(folder.glob("*.gguf"))), probes)
     source = ModelSource(name=str(folder), folder=folder, reference=str(folder))
     return _logits(load_model(source, dtype=torch.float32, device="cpu", attention="sdpa"), probes)
 
@@ -191,13 +227,13 @@ def _logits(model: Any, probes: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _compare(merged: torch.Tensor, wanted: torch.Tensor, without: torch.Tensor, dtype: str) -> MergeReport:
+def _compare(merged: torch.Tensor, wanted: torch.Tensor, without: torch.Tensor | None, dtype: str) -> MergeReport:
     scale = wanted.double().norm()
     return MergeReport(
         dtype=dtype,
         relative_difference=float((merged - wanted).double().norm() / scale),
         max_absolute_difference=float((merged - wanted).abs().max()),
-        adapter_effect=float((without - wanted).double().norm() / scale),
+        adapter_effect=None if without is None else float((without - wanted).double().norm() / scale),
         tolerance=TOLERANCES[dtype],
         probe_tokens=wanted.shape[0] * wanted.shape[1],
     )
@@ -210,7 +246,7 @@ def _check_proof(report: MergeReport, adapter: Path) -> None:
             f"the merged model's logits differ by {error:.1e}, more than {report.tolerance:.0e}", where=str(adapter),
             fix="merge in float32, or use the adapter as it is",
         )  # fmt: skip
-    if error > max(_LOST * effect, TOLERANCES["float32"]):
+    if effect is not None and error > max(_LOST * effect, TOLERANCES["float32"]):
         raise ModelError(
             f"rounding to {report.dtype} ({error:.1e}) hides what the adapter does ({effect:.1e})", where=str(adapter),
             fix="merge in float32, or use the adapter as it is",
