@@ -1,8 +1,8 @@
 """The face of the kernels: each operation by device and dtype.
 
-On a GPU they are Triton kernels; on a CPU attention runs C++ of its own or ATen's flash kernel sample by sample, and the rest
-is plain PyTorch. Each operation stands in `kernels/` at the top of the repository, its reference beside it, and is installed as
-`llamahome.kernels.<file>`.
+On a GPU they are Triton kernels; on a CPU attention runs C++ of its own or ATen's flash kernel sample by sample, and
+the rest is plain PyTorch. Each operation stands in `kernels/` at the top of the repository, its reference beside it,
+and is installed as `llamahome.kernels.<file>`.
 """
 
 from __future__ import annotations

@@ -30,8 +30,11 @@ def two_ranks(folder: Path, settings: dict[str, Any], strategy: str) -> tuple[st
     """What torchrun printed and the records of the run, which must end well."""
     folder.mkdir()
     (folder / "own.py").write_text(LOSS)
-    changes = {"training.output": "run", "training.loss": "own:failing", "distributed.strategy": strategy,
-               "optimization.max_steps": 4, "optimization.global_batch_size": 8, "lora.dropout": 0.0, "distributed.timeout": 60}  # fmt: skip
+    changes = {
+        "training.output": "run", "training.loss": "own:failing", "distributed.strategy": strategy,
+        "optimization.max_steps": 4, "optimization.global_batch_size": 8, "lora.dropout": 0.0,
+        "distributed.timeout": 60,
+    }  # fmt: skip
     words = [f"{key}={json.dumps(value)}" for key, value in (settings | changes).items()]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",

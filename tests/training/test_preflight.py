@@ -111,7 +111,8 @@ def test_a_disk_that_is_too_small_is_named_before_the_first_step(
 def test_a_longest_sample_that_does_not_fit_is_named_by_its_line(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "try_micro_batch", lambda *_: RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    failure = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(module, "try_micro_batch", lambda *_: failure)
     with pytest.raises(MemoryLimitError, match="out of memory with the longest sample alone") as fault:
         dry_run(config(settings))
     assert fault.value.where.startswith(f"{settings['data.path']}:")

@@ -16,7 +16,7 @@ import pytest
 pytestmark = [
     pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_DATA as Linux counts it"),
 ]  # fmt: skip
-CASE: dict[str, Any] = {"samples": 0, "length": 256, "settings": {}, "steps": 3, "global": 8}
+CASE: dict[str, Any] = {"samples": 0, "length": 256, "settings": {}, "steps": 2, "global": 4}
 
 
 @pytest.fixture(scope="module")
