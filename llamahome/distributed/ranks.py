@@ -13,6 +13,7 @@ from datetime import timedelta
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llamahome.distributed.meeting import meet
 from llamahome.errors import DistributedError, LlamaHomeError
 
 if TYPE_CHECKING:
@@ -170,8 +171,7 @@ def joined(timeout_seconds: float, device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(ranks.local_rank)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-        found = replace(ranks, device=device, store=_own_store(timeout_seconds))
+        found = replace(ranks, device=device, store=_join(ranks, backend, timedelta(seconds=timeout_seconds)))
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
             f"rank {ranks.rank} of {ranks.size} cannot reach the others: {str(error).splitlines()[0]}",
@@ -204,21 +204,17 @@ def _leave_together(ranks: Ranks) -> None:
         logger.warning("not all ranks have said goodbye: %s", str(error).splitlines()[0])
 
 
-def _own_store(timeout_seconds: float) -> Store:
-    """A connection of its own to the group's store, under a name that no earlier start of the group has used."""
-    import uuid
-
+def _join(ranks: Ranks, backend: str, timeout: timedelta) -> Store:
+    """Make the process group; returns a connection of its own to the group's store."""
     import torch.distributed as dist
 
-    name = [uuid.uuid4().hex]
-    dist.broadcast_object_list(name, src=0)
+    store, rank, size = next(dist.rendezvous("env://", ranks.rank, ranks.size, timeout=timeout))  # type: ignore[attr-defined]
+    name = meet(store, rank, size, timeout)
+    group = dist.PrefixStore(f"llamahome/{name}/group", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=timeout)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        address, port, is_master=False, timeout=timedelta(seconds=timeout_seconds)
-    )
-    return dist.PrefixStore(  # type: ignore[attr-defined]
-        f"llamahome/{name[0]}", store
-    )
+    own = dist.TCPStore(address, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"llamahome/{name}/own", own)  # type: ignore[attr-defined]
 
 
 def require_same(ranks: Ranks, facts: dict[str, str]) -> None:
