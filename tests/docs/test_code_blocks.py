@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,8 +60,28 @@ def test_commands_exist(page: Path) -> None:
             parse(words[1:])
         elif name == "make":
             assert words[1] in targets, words
-        elif name == "python" and words[1].endswith(".py"):
-            assert (ROOT / words[1]).exists(), words
+        elif name == "torchrun":
+            from torch.distributed.run import get_args_parser
+
+            launched = get_args_parser().parse_args(words[1:])
+            assert (launched.module, launched.training_script) == (True, "llamahome"), words
+            parse(launched.training_script_args)
+        elif files := [word for word in words[1:] if word.startswith("examples/")]:
+            assert all((ROOT / file).exists() for file in files), words
+
+
+def test_the_site_leads_to_every_page() -> None:
+    def targets(nav: object) -> Iterator[str]:
+        if isinstance(nav, str):
+            yield nav
+        for part in nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else ():
+            yield from targets(part)
+
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    listed = list(targets(tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]))
+    assert sorted(listed) == sorted(pages)
+    linked = re.findall(r"\]\(([^)#]+\.md)\)", (ROOT / "docs" / "index.md").read_text())
+    assert pages - {"index.md"} == set(linked)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
