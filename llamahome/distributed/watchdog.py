@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -73,6 +73,7 @@ class Watchdog:
         self._progress = self._beat = self._patience = 0
         self._further_at = 0.0
         self._main = threading.main_thread().ident
+        self._process = process_name(os.getpid())
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -126,7 +127,7 @@ class Watchdog:
         self._beat += 1
         message = {
             "beat": self._beat, "progress": self._progress, "collectives": collectives_done(), "at": self._where(),
-            "patient": self._patience > 0, "host": socket.gethostname(), "pid": os.getpid(),
+            "patient": self._patience > 0, "host": socket.gethostname(), "pid": os.getpid(), "process": self._process,
         }  # fmt: skip
         self._store.set(f"beat/{self.ranks.rank}", json.dumps(message))
 
@@ -196,22 +197,30 @@ class Watchdog:
         else:
             time.sleep(2 * self._interval)  # the speaker writes first: torchrun ends all when one ends
         for rank in set(blamed) - {self.ranks.rank}:
-            _kill_here(rank, self._seen[rank].message if rank in self._seen else {})
+            _kill_here(self._seen[rank].message if rank in self._seen else {})
         self._leave(EXIT_CODE)
 
 
-def _kill_here(rank: int, message: dict[str, Any]) -> None:
-    """SIGKILL a rank of this host that stands still: torchrun would wait long for it to answer a SIGTERM."""
-    if message.get("host") != socket.gethostname():
-        return
+def process_name(pid: int) -> str | None:
+    """What no other process has, here or on another host, now or later; None where the system does not tell.
+
+    The machine's boot, the space of process ids, the id, and when the process began, from Linux's /proc.
+    """
     try:
-        pid = int(message["pid"])
-        found = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")  # a container's ids may be another process's
-        same = (f"RANK={rank}", f"MASTER_PORT={os.environ.get('MASTER_PORT')}")
-        if all(variable.encode() in found for variable in same):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        space = Path(f"/proc/{pid}/ns/pid").readlink()
+        began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # field 22 of proc(5)
+    except OSError:
+        return None
+    return f"{boot} {space} {pid} {began}"
+
+
+def _kill_here(message: dict[str, Any]) -> None:
+    """SIGKILL a rank of this host that stands still: torchrun would wait long for it to answer a SIGTERM."""
+    pid, name = message.get("pid"), message.get("process")
+    if pid is not None and name is not None and process_name(pid) == name:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    except OSError:  # it is gone already, or there is no /proc
-        return
 
 
 def _first_line(error: BaseException) -> str:

@@ -33,7 +33,7 @@ from llamahome.training.rundir import RunFolder, State, read_run
 from llamahome.training.sample import sample
 from llamahome.training.saving import export, save
 from llamahome.training.setup import Assembled, assemble
-from llamahome.training.signals import StopSignal
+from llamahome.training.signals import StopSignal, agree
 from llamahome.training.trust import resumed_config as trusted_config
 
 logger = logging.getLogger(__name__)
@@ -221,10 +221,10 @@ def _go(run: Run, signals: StopSignal) -> None:
         if run.parts.prepared.validation is not None and (state.step % every == 0 or last):
             wants_stop |= _evaluated(run, record)
         _record(run, record)
-        wants_stop = _agree(run, signals, wants_stop)
-        if signals.stop is not None or wants_stop:
+        asked = agree(run.place.ranks, signals, wants_stop)
+        if asked.ends:
             run.loop.stop()
-        if state.step % config.save_steps == 0 or last or signals.save or signals.stop is not None or wants_stop:
+        if state.step % config.save_steps == 0 or last or asked.save or asked.ends:
             signals.save = False
             _save(run)
         if not last:
@@ -234,15 +234,6 @@ def _go(run: Run, signals: StopSignal) -> None:
     call_all(run.callbacks, "train_end", run.loop, {})
 
 
-def _agree(run: Run, signals: StopSignal, wants_stop: bool) -> bool:
-    """Let a signal or a wish to stop of one rank be that of all, after the same step; returns whether one wishes."""
-    if run.place.ranks.several:
-        asked = [float(signals.stop or 0), float(signals.save), float(wants_stop)]
-        stop, save, wish = run.place.ranks.largest(asked)
-        signals.stop, signals.save, wants_stop = int(stop) or None, bool(save), bool(wish)
-    return wants_stop
-
-
 def _export(run: Run, name: str) -> None:
     with run.place.patient():
         export(run.parts.model, run.parts.tokenizer, run.folder.path / name, run.loop.team)
@@ -250,11 +241,10 @@ def _export(run: Run, name: str) -> None:
 
 def _stop_here(run: Run, signals: StopSignal) -> None:
     """Raises: Interrupted when a signal has come, the state saved."""
-    _agree(run, signals, False)
-    if signals.stop is not None:
+    if (stop := agree(run.place.ranks, signals).stop) is not None:
         _save(run)
-        _event(run, {"event": "signal", "step": run.state.step, "signal": signals.stop})
-        raise Interrupted(signals.stop, where=str(run.folder.path))
+        _event(run, {"event": "signal", "step": run.state.step, "signal": stop})
+        raise Interrupted(stop, where=str(run.folder.path))
 
 
 def _evaluate(run: Run) -> Evaluation:

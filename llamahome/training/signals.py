@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
+
+from llamahome.distributed.ranks import Ranks
 
 
 class StopSignal:
@@ -38,3 +41,26 @@ class StopSignal:
         else:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What all ranks do after a step, because a signal or a callback of one of them asks for it."""
+
+    stop: int | None
+    save: bool
+    wish: bool
+
+    @property
+    def ends(self) -> bool:
+        return self.stop is not None or self.wish
+
+
+def agree(ranks: Ranks, signals: StopSignal, wish: bool = False) -> Asked:
+    """What the signals of all ranks, and any rank's wish to stop, ask for; the same answer on each.
+
+    `signals` stays as it is. What comes while the ranks ask each other is there the next time; and the signal that
+    torchrun sends to each rank is the first for each, though another rank's was obeyed already.
+    """
+    stop, save, wishes = ranks.largest([float(signals.stop or 0), float(signals.save), float(wish)])
+    return Asked(int(stop) or None, bool(save), bool(wishes))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 CREW = Path(__file__).with_name("crew.py")
+LONGEST = 150.0  # seconds that ranks may take for a run of a test; twenty are usual
 
 
 class Ranks:
@@ -20,13 +24,36 @@ class Ranks:
 
     def __init__(self, crew: subprocess.Popen[str], folder: Path) -> None:
         self._crew, self._folder = crew, folder
-        self.pids: list[int] = _answer(crew)
+        self.pids = _answer(crew, 30)
+        self.codes: list[int] | None = None
 
-    def end(self) -> list[int]:
-        return _answer(self._crew)
+    def end(self, seconds: float = LONGEST) -> list[int]:
+        """Wait for the ranks. Raises: AssertionError with what they wrote when it takes longer; they are killed."""
+        try:
+            self.codes = _answer(self._crew, seconds)
+        except TimeoutError as error:
+            self.kill()
+            raise AssertionError(f"no end after {seconds:g} s\n{self.logs()}") from error
+        return self.codes
+
+    def kill(self) -> None:
+        """End ranks that do not end by themselves, with the stacks of their threads in their logs."""
+        if self.codes is not None:
+            return
+        for number, seconds in ((signal.SIGABRT, 5), (signal.SIGKILL, 30)):
+            for pid in self.pids:
+                with suppress(ProcessLookupError):  # it has ended
+                    os.kill(pid, number)
+            with suppress(TimeoutError):
+                self.codes = _answer(self._crew, seconds)
+                return
+        raise AssertionError("ranks that SIGKILL does not end")
 
     def log(self, rank: int = 0) -> str:
         return (self._folder / f"rank-{rank}.log").read_text()
+
+    def logs(self) -> str:
+        return "\n".join(self.log(rank) for rank in range(len(self.pids)))
 
 
 class Crew:
@@ -34,19 +61,22 @@ class Crew:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._ranks: Ranks | None = None
         # One thread and the loopback device: what a host's name means to others is no concern here.
         environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen([sys.executable, str(CREW)], env=os.environ | environment, text=True,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
 
     def start(self, words: list[str], ranks: int, **environment: str) -> Ranks:
+        self._end_ranks()
         self._say({"words": words, "ranks": ranks, "environment": environment, "logs": str(self._folder)})
-        return Ranks(self._process, self._folder)
+        self._ranks = Ranks(self._process, self._folder)
+        return self._ranks
 
     def run(self, words: list[str], ranks: int, **environment: str) -> Ranks:
         """A run that must end well. Raises: AssertionError with what its ranks wrote."""
         started = self.start(words, ranks, **environment)
-        assert started.end() == [0] * ranks, "\n".join(started.log(rank) for rank in range(ranks))
+        assert started.end() == [0] * ranks, started.logs()
         return started
 
     def learn(self, words: list[str]) -> None:
@@ -54,10 +84,16 @@ class Crew:
         names = self._folder / "modules"
         self.run(words, 2, MODULES_FILE=str(names))
         self._say({"load": str(names)})
-        _answer(self._process)
+        _answer(self._process, LONGEST)
 
     def end(self) -> None:
-        self._process.communicate()
+        self._end_ranks()
+        self._process.communicate(timeout=30)
+
+    def _end_ranks(self) -> None:
+        """A test that failed may have left its ranks behind."""
+        if self._ranks is not None:
+            self._ranks.kill()
 
     def _say(self, order: dict[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -65,8 +101,11 @@ class Crew:
         self._process.stdin.flush()
 
 
-def _answer(crew: subprocess.Popen[str]) -> list[int]:
+def _answer(crew: subprocess.Popen[str], seconds: float) -> list[int]:
+    """The crew's next line. Raises: TimeoutError when it does not come."""
     assert crew.stdout is not None
+    if not select.select([crew.stdout], [], [], seconds)[0]:  # lines come one at a time: none is in the buffer
+        raise TimeoutError
     numbers: list[int] = json.loads(crew.stdout.readline())
     return numbers
 

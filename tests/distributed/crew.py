@@ -8,6 +8,7 @@ their exit codes (minus the number of the signal that killed one). {"load": MODU
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
@@ -40,6 +41,7 @@ def be_a_rank(words: list[str], environment: dict[str, str], log: Path) -> NoRet
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.enable(file=2)  # SIGABRT leaves the stacks in the log
     sys.argv = ["llamahome", *words]
     from llamahome.cli import main
 
