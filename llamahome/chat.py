@@ -103,7 +103,7 @@ def _streamer(tokenizer: Any, show: Callable[[str], None]) -> Any:
     """transformers' streamer, which finds where a word is complete, with our way out."""
     from transformers import TextStreamer
 
-    from llamahome.monitor.progress import clean
+    from llamahome.monitor.words import clean
 
     class Streamer(TextStreamer):  # type: ignore[misc]
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

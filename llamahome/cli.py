@@ -45,7 +45,7 @@ def cli(debug: bool) -> None:
     _show_log(logging.DEBUG if debug else logging.INFO)
 
 
-@cli.command()
+@cli.command(short_help="Fine-tune a model on your data.")
 @click.argument("data", required=False)
 @click.option("--model", help="Base model: folder, GGUF file or hub id [default: the embedded SmolLM2-135M].")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run [default: output/training].")
@@ -84,7 +84,7 @@ def train(
         _finish(run_training(config, view=_view(config, as_json), signals=signals, **hooks), as_json)
 
 
-@cli.command("train-resume")
+@cli.command("train-resume", short_help="Go on from a checkpoint, or with a stopped run.")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--trust-run", is_flag=True, help="Run the code that the run's own record names.")
 @click.option("--nproc", type=click.IntRange(1), help="Processes on this host that share the run (torchrun).")
@@ -107,7 +107,7 @@ def train_resume(checkpoint: Path, trust_run: bool, nproc: int | None, as_json: 
         _finish(result, as_json)
 
 
-@cli.command("train-eval")
+@cli.command("train-eval", short_help="Loss, perplexity and token accuracy of a model on data.")
 @click.argument("model")
 @click.argument("data")
 @click.option("--output", type=click.Path(path_type=Path), help="File for the figures, as JSON.")
@@ -212,11 +212,12 @@ def _finish(result: Any, as_json: bool) -> None:
 
 
 def _try_only(config: Config, as_json: bool) -> None:
+    from llamahome.monitor.words import program
     from llamahome.training.preflight import dry_run
 
     found = dry_run(config)
     words = [word for word in sys.argv[1:] if word != "--dry-run"]
-    print_line(json.dumps(found) if as_json else f"all of it works; train with: {shlex.join(['llamahome', *words])}")
+    print_line(json.dumps(found) if as_json else f"all of it works; train with: {shlex.join([program(), *words])}")
 
 
 def _supervise(words: list[str], given: dict[str, Any], config: Config, run: Path, ranks: int | None) -> None:

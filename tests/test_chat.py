@@ -11,7 +11,7 @@ import torch
 from llamahome.chat import Conversation, open_conversation, talk
 from llamahome.config import Config
 from llamahome.errors import ModelError, UsageError
-from llamahome.monitor.progress import clean
+from llamahome.monitor.words import clean
 
 QUESTION = "Write a short story about the sea."
 

@@ -27,7 +27,7 @@ class Imported:
     not_carried: dict[str, str] = field(default_factory=dict)
 
 
-@click.command("import-config")
+@click.command("import-config", short_help="Take over a configuration of another trainer.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), default=Path("llamahome.yaml"), show_default=True,
               help="File to write.")  # fmt: skip

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llamahome.commands.options import base_model, load_config, print_line, settings
-from llamahome.errors import UsageError
+from llamahome.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from llamahome.config import Config
@@ -39,7 +39,7 @@ class Choice:
     why: str
 
 
-@click.command()
+@click.command(short_help="Write a commented configuration for this machine.")
 @click.argument("data", required=False)
 @click.option("--model", help="Base model: folder, GGUF file or hub id [default: the embedded SmolLM2-135M].")
 @click.option("--output", type=click.Path(path_type=Path), default=Path(FILE), show_default=True, help="File to write.")
@@ -48,6 +48,7 @@ class Choice:
 def init(data: str | None, model: str | None, output: Path, everything: bool, **given: Any) -> None:
     """Write a commented configuration for this machine and DATA (file, folder, glob or hub id)."""
     from llamahome.files import storage_errors, write_atomic
+    from llamahome.monitor.words import program
 
     if output.exists():
         raise UsageError("there is a file already", where=str(output), fix="name another --output, or delete it")
@@ -57,7 +58,7 @@ def init(data: str | None, model: str | None, output: Path, everything: bool, **
     with storage_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, whole_file(chosen, output) if everything else short_file(chosen, output))
-    print_line(f"{output} written; train with: llamahome train --config {output}")
+    print_line(f"{output} written; train with: {program()} train --config {output}")
 
 
 def choose(config: Config) -> Iterator[Choice]:
@@ -69,6 +70,9 @@ def choose(config: Config) -> Iterator[Choice]:
     if config.data.path is not None:
         tokenizer = load_tokenizer(resolve_model(None, config.model, config.cache.dir))
         report = check(config.data.path, tokenizer, config=config)
+        if not report.train.samples:
+            raise DataError("nothing to train on", where=config.data.path,
+                            fix=f"see the faults with: llamahome data check {config.data.path}")  # fmt: skip
         if report.faults:
             logger.warning("%d faulty rows; see them with: llamahome data check %s", len(report.faults),
                            config.data.path)  # fmt: skip
@@ -102,7 +106,7 @@ def whole_file(chosen: list[Choice], file: Path) -> str:
 
 
 def _of_data(config: Config, report: DataReport | None) -> Iterator[Choice]:
-    from llamahome.training.choices import schema_names
+    from llamahome.data.report import schema_names
 
     if report is None:
         yield Choice(
@@ -162,7 +166,7 @@ def _stem(path: str | None) -> str:
     return "-".join(words) or "training"
 
 
-@click.command()
+@click.command(short_help="Print the completion script of a shell.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:

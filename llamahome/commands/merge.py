@@ -10,7 +10,7 @@ import click
 from llamahome.commands.options import base_model, load_config, print_line, settings
 
 
-@click.command()
+@click.command(short_help="Merge an adapter into its base model, and export it.")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for the merged model.")
 @click.option(

@@ -34,7 +34,7 @@ _MEANINGS = {
 }
 
 
-@click.command()
+@click.command(short_help="What training will need: memory by part, cut and time.")
 @click.argument("data", required=False)
 @click.option("--tokens", type=click.IntRange(1), help="Tokens of the data, instead of DATA: nothing is read.")
 @click.option("--model", help="Base model; its config.json is enough [default: the embedded SmolLM2-135M].")
@@ -203,7 +203,7 @@ def _rows(plan: MemoryPlan) -> Iterator[tuple[str, str, str]]:
 
 def _lines(outlook: Outlook, work: Workload, traced: int | None) -> Iterator[str]:
     from llamahome.memory.monitor import format_bytes
-    from llamahome.monitor.progress import bar
+    from llamahome.monitor.words import bar
 
     plan, limit = outlook.plan, outlook.machine.limit_bytes
     ranks = f" on each of {outlook.machine.ranks} GPUs" if outlook.machine.ranks > 1 else ""

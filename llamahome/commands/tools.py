@@ -13,7 +13,7 @@ import click
 from llamahome.commands.options import base_model, load_config, print_line, settings
 
 
-@click.command()
+@click.command(short_help="Talk to a run, an adapter or a model.")
 @click.argument("model", default="smollm2-135m")
 @click.option("--prompt", help="Answer this and end [default: ask, line by line].")
 @click.option("--system", help="What the model is told before everything else.")
@@ -50,7 +50,7 @@ def _show(text: str) -> None:
     sys.stdout.flush()
 
 
-@click.command()
+@click.command(short_help="One HTML page about one or more runs.")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="The page [default: report.html in the first run].")
 def report(runs: tuple[Path, ...], output: Path | None) -> None:
@@ -60,14 +60,15 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
     print_line(str(write_report(runs, output)))
 
 
-@click.command()
+@click.command(short_help="Look on at a run from another terminal.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--interval", type=click.IntRange(1), default=10, show_default=True, help="Steps between two plain lines."
 )
 def watch(run: Path, interval: int) -> None:
     """Look on at the run in the folder RUN, from another terminal. Ctrl-C ends the watching, not the run."""
-    from llamahome.monitor.progress import build_progress, clean
+    from llamahome.monitor.progress import build_progress
+    from llamahome.monitor.words import clean
     from llamahome.watch import watch as watch_run
 
     print_line(clean(watch_run(run, lambda clock: build_progress(interval, clock=clock))))

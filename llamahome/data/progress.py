@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from llamahome.memory.monitor import format_bytes
-from llamahome.monitor.progress import bar, duration
+from llamahome.monitor.words import bar, duration
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -16,9 +16,15 @@ logger = logging.getLogger(__name__)
 
 _EXAMPLES = 5
 _BAR = 40
+_SCHEMAS = {"question": "question/answer", "prompt": "prompt/completion", "instruction": "instruction/input/output"}
 _TALLIES = ("truncated", "split", "dropped", "empty", "bad_rows")
 
 Place = tuple[int, int]  # index of the file, line from 1
+
+
+def schema_names(found: Iterable[str]) -> str:
+    """Schemas by the names of their fields, each once."""
+    return ", ".join(_SCHEMAS.get(name, name) for name in dict.fromkeys(found))
 
 
 def pack_place(place: Place) -> int:
@@ -167,7 +173,7 @@ class DataReport:
     def facts(self) -> Iterator[str]:
         for index, name in enumerate(self.files):
             schema = self.schemas.get(index)
-            yield f"{name}: schema {schema}" if schema else f"{name}: no good row"
+            yield f"{name}: schema {schema_names([schema])}" if schema else f"{name}: no good row"
         yield f"rows: {self.rows:,}"
         for name, part in (("train", self.train), ("validation", self.validation)):
             yield f"{name}: {part.samples:,} samples, {part.tokens:,} tokens, {part.trained_tokens:,} trained"

@@ -102,7 +102,8 @@ class SchemaReader:
         for role, column in self.columns.items():
             if column not in row.fields:
                 columns = ", ".join(map(repr, row.fields))
-                raise bad_row(f"no column {column!r} for data.fields.{role}; there are {columns}", row.file, row.line)
+                raise bad_row(f"no column {column!r} for data.fields.{role}; there are {columns}", row.file, row.line,
+                              fix=f"set data.fields: {{{role}: COLUMN}} with one of them")  # fmt: skip
             fields[role] = row.fields[column]
         return row._replace(fields=fields)
 

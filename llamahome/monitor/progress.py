@@ -9,24 +9,27 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any, Protocol, TextIO
+
+from llamahome.monitor.words import (
+    BLOCKS,
+    Record,
+    bar,
+    clean,
+    duration,
+    evaluation_text,
+    event_text,
+    memory_text,
+    sparkline,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 _REDRAW_SECONDS = 0.2
 _EVENTS_SHOWN = 4
-_WORDS_SHOWN = 100  # characters of one value of an event
 _LOSSES_SHOWN = 48
-_BAR = 24
-_BLOCKS = "▁▂▃▄▅▆▇█"
-_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
-# Line ends beyond ASCII, marks that turn the direction of text around, and halves of characters that cannot be written.
-_ESCAPES |= {
-    code: f"\\u{code:04x}" for code in (*range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
-}
-Record = Mapping[str, Any]
 
 
 class Progress(Protocol):
@@ -223,62 +226,9 @@ def step_parts(record: Record, pace: Pace, memory: bool = True) -> list[str]:
     return [template.format(value) for template, value in parts if value is not None]
 
 
-def event_text(event: Record) -> str:
-    """An event in one clean line."""
-    name = str(event.get("event", "event"))
-    if name == "sample":
-        return clean(f"sample at step {event.get('step')}, {event.get('place')}: {_short('', event.get('answer'))!r}")
-    values = ", ".join(
-        f"{key} {_short(key, value)}" for key, value in event.items() if key != "event" and value is not None
-    )
-    return clean(f"{name}: {values}" if values else name)
-
-
-def evaluation_text(record: Record) -> str:
-    names = [name for name in record if str(name).startswith("eval_")]
-    where = f"evaluation at step {record['step']}: " if "step" in record else "evaluation: "
-    return clean(where + ", ".join(f"{name.removeprefix('eval_')} {_short(name, record[name])}" for name in names))
-
-
-def memory_text(used: float, limit: float | None) -> str:
-    return f"{used / 1e9:.2f} GB" if not limit else f"{used / 1e9:.2f}/{limit / 1e9:.2f} GB"
-
-
-def duration(seconds: float) -> str:
-    """H:MM:SS."""
-    whole = round(max(0.0, seconds))
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-
-
-def bar(share: float, width: int = _BAR) -> str:
-    filled = round(width * min(1.0, max(0.0, share)))
-    return f"[{'#' * filled}{'.' * (width - filled)}]"
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """A curve of one line: the lowest value is the lowest block."""
-    low, high = min(values), max(values)
-    return "".join(_BLOCKS[round((value - low) / ((high - low) or 1.0) * (len(_BLOCKS) - 1))] for value in values)
-
-
 def _draws(stream: IO[str]) -> bool:
     """Whether the stream's encoding has the blocks."""
-    return _encodable(_BLOCKS, stream) == _BLOCKS
-
-
-def clean(text: str, keep: str = "") -> str:
-    """`text` without control characters other than those to `keep`, so that data cannot steer the terminal."""
-    return text.translate({code: shown for code, shown in _ESCAPES.items() if chr(code) not in keep})
-
-
-def _short(key: str, value: Any) -> str:
-    """A value for a person; its key says what it is."""
-    if isinstance(value, int | float) and (key.endswith("_bytes") or key in ("predicted", "measured")):
-        return memory_text(value, None)
-    if isinstance(value, int | float) and key == "seconds_left":
-        return duration(value)
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= _WORDS_SHOWN else f"{text[:_WORDS_SHOWN]} ..."
+    return _encodable(BLOCKS, stream) == BLOCKS
 
 
 def _write_line(stream: TextIO | None, line: str) -> TextIO | None:

@@ -12,8 +12,8 @@ from typing import Any
 from llamahome.errors import UsageError
 from llamahome.memory.monitor import format_bytes
 from llamahome.monitor.charts import Point
-from llamahome.monitor.progress import duration
 from llamahome.monitor.sinks import METRICS_FILE
+from llamahome.monitor.words import duration
 
 
 @dataclass(frozen=True)

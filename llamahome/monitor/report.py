@@ -12,8 +12,8 @@ from typing import Any
 from llamahome.files import write_atomic
 from llamahome.memory.monitor import format_bytes
 from llamahome.monitor.charts import Bars, Chart, Line, bars, svg
-from llamahome.monitor.progress import clean
 from llamahome.monitor.record import RunRecord, evaluations, flat, points, read_record, reproduce, results, typed
+from llamahome.monitor.words import clean, event_text
 
 __all__ = ["REPORT_FILE", "RunRecord", "page", "read_record", "write_report"]
 REPORT_FILE = "report.html"
@@ -36,14 +36,14 @@ def write_report(folders: Sequence[Path], path: Path | None = None) -> Path:
 def page(records: Sequence[RunRecord]) -> str:
     """The whole page. All text from runs is escaped and cleaned of control characters."""
     title = " and ".join(record.name for record in records)
-    ids = [("course", "Course"), *(("compared", "Compared") for _ in records[1:2])]
+    ids = [("course", "Training"), *(("compared", "Compared") for _ in records[1:2])]
     ids += [(f"run-{number}", record.name) for number, record in enumerate(records, 1)]
     links = "".join(f'<li><a href="#{name}">{_text(text)}</a></li>' for name, text in ids)
     body = [
         f"<header><h1>{_text(title)}</h1>",
         *(f'<p class="soft">{_text(_summary(record))}</p>' for record in records),
         f'<nav aria-label="On this page"><ul>{links}</ul></nav></header><main>',
-        '<section id="course" aria-labelledby="course-title"><h2 id="course-title">Course</h2><div class="charts">',
+        '<section id="course" aria-labelledby="course-title"><h2 id="course-title">Training</h2><div class="charts">',
         *(svg(chart) for chart in _charts(records)),
         "</div></section>",
         *(_compared(records) for _ in records[1:2]),
@@ -77,11 +77,12 @@ def _charts(records: Sequence[RunRecord]) -> Iterator[Chart]:
     losses = [*_series(records, "loss", "loss"), *_evaluation_lines(records)]
     yield Chart("Loss by step", losses, _number)
     yield Chart("Memory: peak of each step, and the limit", _memory_lines(records), format_bytes, marks, _MARKS, True)
-    cuts = _series(records, "micro_batch_tokens", "tokens of the largest micro-batch", steps=True)
-    yield Chart("The cut", cuts, _number, marks, _MARKS, True)
-    yield Chart("Real tokens per second", _series(records, "tokens_per_second", "tokens/s"), _number, from_zero=True)
-    waits = _series(records, "data_wait_seconds", "waiting for data, seconds a step")
-    yield Chart("Waiting for data", waits, _number, from_zero=True)
+    cuts = _series(records, "micro_batch_tokens", "tokens", steps=True)
+    yield Chart("The cut: tokens in the largest micro-batch of a step", cuts, _number, marks, _MARKS, True)
+    speeds = _series(records, "tokens_per_second", "tokens/s")
+    yield Chart("Tokens per second, padding not counted", speeds, _number, from_zero=True)
+    waits = _series(records, "data_wait_seconds", "seconds")
+    yield Chart("Waiting for data: seconds in each step", waits, _number, from_zero=True)
     yield Chart("Learning rate", _series(records, "learning_rate", "learning rate"), _number, from_zero=True)
     yield Chart("Gradient norm", _series(records, "grad_norm", "gradient norm"), _number, from_zero=True)
     yield Chart("Model FLOP utilisation", _series(records, "mfu", "share of the peak"), _share, from_zero=True)
@@ -117,7 +118,7 @@ def _label(records: Sequence[RunRecord], record: RunRecord, label: str) -> str:
 
 def _marks(record: RunRecord) -> list[tuple[float, str]]:
     shown = [event for event in record.events if event["event"] in _MARKED and "step" in event]
-    return [(event["step"], clean(_event_text(event))) for event in shown]
+    return [(event["step"], event_text(event)) for event in shown]
 
 
 def _compared(records: Sequence[RunRecord]) -> str:
@@ -153,9 +154,8 @@ def _details(record: RunRecord, number: int) -> Iterator[str]:
     if isinstance(data, dict) and isinstance(data.get("lengths"), dict):
         rows = [(f"up to {int(length):,}", int(count)) for length, count in data["lengths"].items()]
         yield bars(Bars("Samples by length in tokens", rows, "samples"))
-    shown = record.events[-_EVENTS_SHOWN:]
-    events = [(f"step {e.get('step', '?')}", _event_text(e)) for e in shown if e["event"] != "sample"]
-    yield _folded("Events", _table("", events)) if events else ""
+    events = [event_text(event) for event in record.events[-_EVENTS_SHOWN:] if event["event"] != "sample"]
+    yield _folded("Events", _list(events)) if events else ""
     settings = json.dumps(record.run.get("config", {}), indent=2, ensure_ascii=False)
     yield _folded("All settings", f'<pre tabindex="0">{_lines(settings)}</pre>')
     yield "</section>"
@@ -209,21 +209,16 @@ def _table(title: str, rows: Sequence[tuple[str, ...]], columns: Sequence[str] =
     return f'<div class="wide"><table>{caption}{head}<tbody>{cells}</tbody></table></div>'
 
 
+def _list(lines: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+
+
 def _block(title: str, text: str) -> str:
     return f'<h3>{title}</h3><pre tabindex="0">{_text(text)}</pre>' if text else ""
 
 
 def _folded(title: str, content: str) -> str:
     return f"<details><summary>{title}</summary>{content}</details>"
-
-
-def _event_text(event: dict[str, Any]) -> str:
-    rest = ", ".join(f"{key} {_plain(value)}" for key, value in event.items() if key not in ("event", "step"))
-    return f"{event['event']}: {rest}" if rest else str(event["event"])
-
-
-def _plain(value: Any) -> str:
-    return _number(value) if isinstance(value, float) else str(value)
 
 
 def _number(value: float) -> str:

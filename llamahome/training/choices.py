@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamahome.config import Config
+from llamahome.data.report import schema_names
 from llamahome.memory.monitor import format_bytes
 
-_SCHEMAS = {"question": "question/answer", "prompt": "prompt/completion", "instruction": "instruction/input/output"}
 _EMBEDDED = "SmolLM2-135M-Instruct, built in"
 
 
@@ -43,8 +43,3 @@ def _choices(config: Config, facts: Mapping[str, Any]) -> Iterator[tuple[str, st
     yield "memory", f"limit {limit}, {format_bytes(plan['total'])} planned", ("training.memory_limit",)
     again = ", activations computed again" if plan.get("gradient_checkpointing") else ""
     yield "cut", f"micro-batches of up to {plan['micro_batch_tokens']:,} tokens{again}", ("training.batch_size",)
-
-
-def schema_names(found: Iterable[str]) -> str:
-    """Schemas by the names of their fields, each once."""
-    return ", ".join(_SCHEMAS.get(name, name) for name in dict.fromkeys(found))

@@ -22,7 +22,7 @@ from llamahome.files import remove_folder
 from llamahome.memory.monitor import format_bytes
 from llamahome.memory.oom import OOMHandler, free_memory
 from llamahome.model.adapters import adapter_state
-from llamahome.monitor.progress import duration
+from llamahome.monitor.words import duration
 from llamahome.training import checkpoint as checkpoints
 from llamahome.training.calibrate import calibrate, try_micro_batch
 from llamahome.training.loop import TrainingLoop
@@ -31,7 +31,7 @@ from llamahome.training.setup import Assembled, assemble
 from llamahome.training.step import Ids
 
 logger = logging.getLogger(__name__)
-_SHOWN = 240  # characters of the first sample
+_SHOWN = 100  # characters before, and in, the trained part of the first sample
 _CHEAP = 2.0  # seconds that a better estimate of the time may cost
 
 
@@ -46,7 +46,7 @@ def preflight(config: Config, parts: Assembled, folder: RunFolder) -> Iterator[d
     """
     began = time.perf_counter()
     found: dict[str, Any] = {"event": "preflight", "step": parts.loop.state.step}
-    logger.info("first sample, the trained part in brackets: %s", _first_sample(parts))
+    logger.info("first sample, the trained part in ⟦brackets⟧: %s", _first_sample(parts))
     if not _several_ranks():  # there, a checkpoint is saved by all together
         found |= _checkpoint(config, parts, folder)
     if not parts.loop.state.step:
@@ -72,11 +72,15 @@ def dry_run(config: Config) -> dict[str, Any]:
 
 
 def _first_sample(parts: Assembled) -> str:
-    """Where it is, its beginning and its end: a wrong template or column is seen here."""
+    """Where it is, and both ends of the prompt and of the rest: a wrong template or column is seen here."""
     store = parts.prepared.train
     text = show_trained(Encoded(*store.document(0)), parts.tokenizer)
-    short = text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
-    return f"{parts.loop.batches.place(0)}: {short}"
+    prompt, mark, rest = text.partition("⟦")
+    return f"{parts.loop.batches.place(0)}: {_ends(prompt)}{mark}{_ends(rest)}"
+
+
+def _ends(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
 
 
 def _checkpoint(config: Config, parts: Assembled, folder: RunFolder) -> dict[str, Any]:

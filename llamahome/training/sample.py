@@ -12,7 +12,7 @@ from llamahome.model.attention import standard_attention
 from llamahome.training.setup import Assembled
 
 _NEW_TOKENS = 64
-_SECONDS = 2.0  # after which an answer is left as it is
+_SECONDS = 5.0  # after which an answer is left as it is
 
 
 def sample(parts: Assembled) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from llamahome import __version__
 from llamahome.config import Config, parse_size
 from llamahome.data.batch import BatchProcessor
 from llamahome.data.dataset import StepOrder
+from llamahome.data.formats import find_files
 from llamahome.data.prepare import Prepared, prepare
+from llamahome.data.prepared import find_prepared
 from llamahome.data.report import unpack_place
 from llamahome.data.store import TokenStore
 from llamahome.distributed.ranks import ALONE, Ranks, require_same
@@ -83,14 +85,13 @@ def assemble(
     config = per_rank(config, ranks)
     metrics = {**load_metrics(config.training.metrics), **own.metrics}
     check_best_metric(config, metrics)
+    data = _named_data(config, own)
     device = resolve_device(config) if ranks.device == "cpu" else torch.device("cuda", ranks.local_rank)
     source = resolve_model(None, config.model, config.cache.dir)
     check_model_folder(source.folder, trust_remote_code=source.trust_remote_code, allow_pickle=source.allow_pickle)
     tokenizer = load_tokenizer(source)
     architecture = json.loads((source.folder / "config.json").read_bytes())
     shape = model_shape(architecture)
-    if (data := own.data or config.data.path) is None:
-        raise UsageError("no data to train on", where="data.path", fix="name a file, folder, glob or hub id")
     prepared = ranks.main_first(
         lambda: prepare(data, tokenizer, config=config, eval_data=own.eval_data or config.data.eval_path,
                         vocab_size=shape.vocabulary), "prepare the data",
@@ -264,6 +265,16 @@ def _tracker(
 
 def _tokens_to_train(prepared: Prepared, state: TrainingState) -> int:
     return prepared.train.num_tokens * (state.total_steps - state.step) * state.samples_per_step // len(prepared.train)
+
+
+def _named_data(config: Config, own: Extensions) -> Any:
+    """What to train on; a path that leads nowhere is told before a model is read."""
+    data = own.data or config.data.path
+    if data is None:
+        raise UsageError("no data to train on", where="data.path", fix="name a file, folder, glob or hub id")
+    if not find_prepared(data):
+        find_files(data, config.data)
+    return data
 
 
 def resolve_device(config: Config) -> torch.device:

@@ -14,7 +14,7 @@ import pytest
 from llamahome.cli import cli
 from llamahome.commands.init import Choice, choose, short_file, whole_file
 from llamahome.config import Config
-from llamahome.errors import UsageError
+from llamahome.errors import DataError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,14 @@ def test_a_file_of_the_user_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is a file already"):
         cli.main(["init", "--output", str(path)], standalone_mode=False)
     assert path.read_text() == "mine"
+
+
+def test_data_without_a_sample_are_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
+    data, path = tmp_path / "bad.csv", tmp_path / "llamahome.yaml"
+    data.write_text("name,age\nAda,36\n")
+    with pytest.raises(DataError, match="nothing to train on"):
+        cli.main(["init", str(data), "--model", str(tiny_model_dir), "--output", str(path)], standalone_mode=False)
+    assert not path.exists()
 
 
 def test_without_data_the_built_in_examples_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from llamahome.monitor.progress import LiveProgress, PlainProgress, build_progress, clean, duration
+from llamahome.monitor.progress import LiveProgress, PlainProgress, build_progress
+from llamahome.monitor.words import clean, duration
 
 RECORD: dict[str, Any] = {
     "step": 10, "loss": 1.23456, "learning_rate": 5e-5, "tokens_per_second": 1234.5, "memory_peak_bytes": 3_100_000_000,
@@ -47,8 +48,8 @@ class TestPlain:
             "step 8/20, loss 1.2346, lr 5e-05, 1,234 tokens/s, memory 3.10/8.00 GB, 0:00:24 left",
             "step 16/20, loss 1.2346, lr 5e-05, 1,234 tokens/s, memory 3.10/8.00 GB, 0:00:08 left",
             "step 20/20, loss 1.2346, lr 5e-05, 1,234 tokens/s, memory 3.10/8.00 GB, 0:00:00 left",
-            "evaluation at step 20: loss 1.5, perplexity 4.482",
-            "checkpoint: path checkpoint-20",
+            "step 20: held-out loss 1.5, perplexity 4.482",
+            "saved checkpoint-20",
             "saved",
         ]
 
@@ -72,7 +73,7 @@ class TestPlain:
         raw = io.BytesIO()
         stream = io.TextIOWrapper(raw, encoding="ascii", errors="strict")
         PlainProgress(1, stream).event({"event": "resumed", "checkpoint": "größe-東"})
-        assert raw.getvalue() == b"resumed: checkpoint gr??e-?\n"
+        assert raw.getvalue() == b"resumed from gr??e-?\n"
 
     @pytest.mark.parametrize("stream", [None, "closed", "broken"])
     def test_output_that_fails_is_given_up_quietly(self, stream: Any) -> None:

@@ -70,7 +70,8 @@ def test_it_shows_the_course_and_how_to_do_it_again(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.html").is_file()
     for words in (
         "step 4 of 4 in 0:02:00", "held-out loss 1.5000 before, 0.7500 after", "peak memory 2.00 GB of 3.00 GB",
-        "llamahome train &#x27;my data.jsonl&#x27;", "Memory: peak of each step, and the limit", "cut_changed",
+        "llamahome train &#x27;my data.jsonl&#x27;", "Memory: peak of each step, and the limit",
+            "at most 256 tokens in a micro-batch, 512",
     ):  # fmt: skip
         assert words in text
     assert "Gradient norm" not in text  # it was null in every step
