@@ -172,6 +172,8 @@ def joined(timeout_seconds: float, device: str) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     try:
         found = replace(ranks, device=device, store=_join(ranks, backend, timedelta(seconds=timeout_seconds)))
+        # torchrun counts on each host by itself, and not where it started again because another host did.
+        found = replace(found, restarts=int(found.largest([found.restarts])[0]))
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
             f"rank {ranks.rank} of {ranks.size} cannot reach the others: {str(error).splitlines()[0]}",

@@ -85,8 +85,9 @@ class Place:
 def open_place(config: Config, path: Path, checkpoint: Path | None = None) -> Iterator[Place]:
     """Join the other ranks and open the run's folder: rank 0 holds it, and says where the run goes on.
 
-    A group that torchrun has started again goes on from its newest good checkpoint, or anew where there is none; one
-    that was told to go on from `checkpoint` does so again only while the run has none of its own after it.
+    A group that torchrun has started again, or under the name that this run began with and did not end, goes on from
+    its newest good checkpoint, or anew where there is none; one that was told to go on from `checkpoint` does so again
+    only while the run has none of its own after it.
     Raises: DistributedError, and what RunFolder and ResourceRecovery raise.
     """
     with ExitStack() as stack:
@@ -96,11 +97,10 @@ def open_place(config: Config, path: Path, checkpoint: Path | None = None) -> It
 
         def open_here() -> list[Any] | None:
             nonlocal folder, recovery
-            begun = ranks.restarts > 0 and _has_begun(path)
-            goes_on = ranks.restarts > 0 and checkpoint is None and _clear_or_keep(path)
-            folder = stack.enter_context(RunFolder(path, fresh=checkpoint is None and not goes_on))
-            if checkpoint is not None or goes_on:
-                recovery = ResourceRecovery(path if begun or checkpoint is None else checkpoint)
+            source = goes_on_from(path, checkpoint, ranks)
+            folder = stack.enter_context(RunFolder(path, fresh=source is None))
+            if source is not None:
+                recovery = ResourceRecovery(source)
             return [str(recovery.checkpoint), recovery.step] if recovery else None
 
         told = ranks.decide(open_here, "open the run's folder")
@@ -129,6 +129,16 @@ def _ranks(config: Config) -> Iterator[Ranks]:
         if not ranks.is_main:
             logging.getLogger("llamahome").setLevel(logging.WARNING)
         yield ranks
+
+
+def goes_on_from(path: Path, checkpoint: Path | None, ranks: Ranks) -> Path | None:
+    """What the run in `path` goes on from: `checkpoint`, itself where this group has begun it, or None."""
+    begun, again = _has_begun(path), ranks.restarts > 0
+    if checkpoint is not None:
+        return path if begun and again else checkpoint
+    # Where torchrun itself was started anew it counts from 0: then its name tells, which a user may give.
+    again = again or (begun and _status(path).get("state") != "done")
+    return path if again and _clear_or_keep(path) else None
 
 
 def _has_begun(path: Path) -> bool:
