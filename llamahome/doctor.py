@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any, Literal
 
 from llamahome.errors import LlamaHomeError
@@ -50,14 +51,18 @@ def examine(config: Config) -> list[Finding]:
     return findings + [_extra(*extra) for extra in _EXTRAS]
 
 
-def report_lines(findings: list[Finding]) -> list[str]:
-    """A line for each finding, aligned, what to type behind it."""
+def report_lines(findings: list[Finding], columns: int | None = None) -> list[str]:
+    """A line for each finding, aligned, what to type behind it; broken between words after `columns` characters."""
     width = max(len(finding.name) for finding in findings)
     marks = {"good": "ok ", "optional": "-  ", "bad": "BAD"}
-    return [
+    lines = [
         f"{marks[finding.state]} {finding.name:{width}}  {finding.found}" + (f"; {finding.fix}" if finding.fix else "")
         for finding in findings
     ]
+    if columns is None:
+        return lines
+    wrap = TextWrapper(columns, subsequent_indent=" " * (width + 6), break_long_words=False, break_on_hyphens=False)
+    return [part for line in lines for part in wrap.wrap(line)]
 
 
 def _guarded(name: str, check: Callable[[Config], Finding], config: Config) -> Finding:
@@ -167,7 +172,7 @@ def _kernels(config: Config) -> Finding:
         found = f"they differ from their references: {', '.join(wrong)}"
         return Finding("kernels", "bad", found, "set processing.attention: sdpa and processing.fuse: false; report it")
     worst = max(errors.values())
-    return Finding("kernels", "good", f"{len(errors)} equal to their references within {worst:.0e} on {device}")
+    return Finding("kernels", "good", f"{len(errors)} operations equal their references to {worst:.0e} on {device}")
 
 
 def kernel_errors(device: torch.device) -> dict[str, float]:

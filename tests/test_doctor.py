@@ -97,3 +97,11 @@ def test_every_extra_is_one_of_the_package() -> None:
 def test_each_finding_is_a_line() -> None:
     lines = report_lines([Finding("a", "good", "x"), Finding("long", "bad", "y", "do z")])
     assert lines == ["ok  a     x", "BAD long  y; do z"]
+
+
+def test_a_terminal_gets_whole_words_below_each_other() -> None:
+    findings = [Finding("libraries", "good", ", ".join(f"numpy {number}.0" for number in range(9)))]
+    first, second, *_ = lines = report_lines(findings, 50)
+    assert max(map(len, lines)) <= 50
+    assert first.index("numpy") == second.index("numpy") == len("ok  libraries  ")
+    assert "".join(part.strip() + " " for part in lines).strip() == " ".join(report_lines(findings)[0].split("\n"))

@@ -110,14 +110,15 @@ def _machine(config: Config, gpu_memory: str | None, gpus: int) -> tuple[Machine
         total = parse_size(gpu_memory)
         asked = config.processing.precision
         name, flops = datasheet(total / 1e9) or ("unknown", None)
-        speed = f"data sheet of one {name}, 35 % of it reached" if flops else "unknown"
+        speed = f"if 35 % of the data sheet of one {name} are reached" if flops else "unknown"
         precision = "bf16" if asked == "auto" else asked
         return Machine("cuda", limit_of(config, "cuda", total)[1], gpus, flops, speed), precision
     device = resolve_device(config)
     precision = resolve_precision(config, torch.device(device)).name
     total = MemoryMonitor(str(device)).read().total_bytes
     share = "45 %" if device.type == "cpu" else "35 %"
-    peak, speed = measure_matmul_peak(precision, str(device)), f"matrix products measured here, {share} of them reached"
+    peak = measure_matmul_peak(precision, str(device))
+    speed = f"if {share} of the speed of matrix products measured here are reached"
     return Machine(device.type, limit_of(config, device.type, total)[1], 1, peak, speed), precision
 
 
@@ -158,6 +159,7 @@ def _facts(outlook: Outlook, work: Workload, traced: int | None) -> dict[str, An
         "advice": list(outlook.advice),
         "ranks": outlook.machine.ranks,
         "seconds": outlook.seconds,
+        "recompute": {name: asdict(part) for name, part in outlook.recompute.items()},
         "speed": outlook.machine.speed,
         "traced_bytes": traced,
         "comparable_bytes": comparable(outlook.plan),
@@ -178,9 +180,9 @@ def _show(outlook: Outlook, work: Workload, traced: int | None) -> None:
     rows = list(_rows(outlook.plan))
     if sys.stdout is not None and sys.stdout.isatty():
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table("part", "bytes", "what")
+        table = Table("part", Column("bytes", justify="right"), "what")
         for row in rows:
             table.add_row(*row)
         Console().print(table)
@@ -209,6 +211,7 @@ def _lines(outlook: Outlook, work: Workload, traced: int | None) -> Iterator[str
     ranks = f" on each of {outlook.machine.ranks} GPUs" if outlook.machine.ranks > 1 else ""
     yield f"{bar(plan.total / limit, _BAR)} {format_bytes(plan.total)} of {format_bytes(limit)}{ranks}"
     yield f"longest sample {work.longest:,} tokens; {work.tokens:,} tokens in all"
+    yield _per_layer(outlook)
     if outlook.turned_on:
         yield f"memory is short: {', '.join(outlook.turned_on)}"
     if outlook.fits:
@@ -221,6 +224,13 @@ def _lines(outlook: Outlook, work: Workload, traced: int | None) -> Iterator[str
     if traced is not None:
         ours = comparable(plan) * (1 if outlook.machine.ranks == 1 else outlook.machine.ranks)
         yield f"traced {format_bytes(traced)} of tensors, {format_bytes(ours)} by formula: {ours / traced - 1:+.1%}"
+
+
+def _per_layer(outlook: Outlook) -> str:
+    saves = {name: f"{part.bytes_per_kiloflop:.2f}" for name, part in outlook.recompute.items()}
+    mlp = f", of its MLP's products {saves['mlp']}" if "mlp" in saves else ""
+    kept = f"{outlook.plan.layer_bytes_per_token:,} bytes per token"
+    return f"a layer keeps {kept}; a thousand operations made again save {saves['layer']} bytes{mlp}"
 
 
 def _duration(seconds: float) -> str:

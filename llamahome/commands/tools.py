@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +88,8 @@ def doctor(as_json: bool, **given: Any) -> None:
     if as_json:
         print_line(json.dumps({finding.name: asdict(finding) for finding in findings}))
     else:
-        for line in report_lines(findings):
+        columns = shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
+        for line in report_lines(findings, columns):
             print_line(line)
     if any(finding.state == "bad" for finding in findings):
         raise click.exceptions.Exit(9)

@@ -31,15 +31,26 @@ def _choices(config: Config, facts: Mapping[str, Any]) -> Iterator[tuple[str, st
     device = "CPU" if facts["device"] == "cpu" else f"{facts['device']}, CPU"
     yield (
         "device",
-        f"{device} with {facts['threads']} thread{'s' * (facts['threads'] != 1)}",
+        f"{device} with {_count(facts['threads'], 'thread')}",
         ("processing.device", "processing.threads"),
     )
     yield "precision", str(facts["precision"]), ("processing.precision",)
     yield "compile", str(facts["compile_mode"]), ("processing.compile_mode",)
-    steps = f"{facts['total_steps']} steps of {facts['samples_per_step']} samples"
+    steps = f"{_count(facts['total_steps'], 'step')} of {_count(facts['samples_per_step'], 'sample')}"
     yield "length", steps, ("optimization.max_steps", "optimization.global_batch_size")
     plan = facts["memory_plan"]
     limit = format_bytes(facts["memory_limit_bytes"])
     yield "memory", f"limit {limit}, {format_bytes(plan['total'])} planned", ("training.memory_limit",)
-    again = ", activations computed again" if plan.get("gradient_checkpointing") else ""
-    yield "cut", f"micro-batches of up to {plan['micro_batch_tokens']:,} tokens{again}", ("training.batch_size",)
+    cut = f"micro-batches of up to {plan['micro_batch_tokens']:,} tokens{_computed_again(plan)}"
+    yield "cut", cut, ("training.batch_size",)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + "s" * (number != 1)
+
+
+def _computed_again(plan: Mapping[str, Any]) -> str:
+    layers = plan.get("gradient_checkpointing", False)
+    if isinstance(layers, bool):
+        return ", activations computed again" if layers else ""
+    return f", activations of the first {_count(layers, 'layer')} computed again"
