@@ -228,13 +228,13 @@ def _lines(outlook: Outlook, work: Workload, traced: int | None) -> Iterator[str
 
 def _per_layer(outlook: Outlook) -> str:
     saves = {name: f"{part.bytes_per_kiloflop:.2f}" for name, part in outlook.recompute.items()}
-    mlp = f", of its MLP's products {saves['mlp']}" if "mlp" in saves else ""
-    kept = f"{outlook.plan.layer_bytes_per_token:,} bytes per token"
-    return f"a layer keeps {kept}; a thousand operations made again save {saves['layer']} bytes{mlp}"
+    mlp = f", MLP's products {saves['mlp']}" if "mlp" in saves else ""
+    kept = f"{outlook.plan.layer_bytes_per_token:,} bytes a token"
+    return f"a layer keeps {kept}; computed again it saves {saves['layer']} per 1,000 operations{mlp}"
 
 
 def _duration(seconds: float) -> str:
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.0f} second" + "s" * (round(seconds) != 1)
