@@ -228,7 +228,7 @@ def _lines(outlook: Outlook, work: Workload, traced: int | None) -> Iterator[str
 
 def _per_layer(outlook: Outlook) -> str:
     saves = {name: f"{part.bytes_per_kiloflop:.2f}" for name, part in outlook.recompute.items()}
-    mlp = f", MLP's products {saves['mlp']}" if "mlp" in saves else ""
+    mlp = f", its MLP {saves['mlp']}" if "mlp" in saves else ""
     kept = f"{outlook.plan.layer_bytes_per_token:,} bytes a token"
     return f"a layer keeps {kept}; computed again it saves {saves['layer']} per 1,000 operations{mlp}"
 
