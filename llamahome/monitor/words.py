@@ -66,6 +66,11 @@ def program() -> str:
     return typed if Path(typed).name == "llamahome" and shutil.which("llamahome") is None else "llamahome"
 
 
+def short_path(path: Path) -> str:
+    """A path below the working folder without that folder, any other one whole."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def memory_text(used: float, limit: float | None) -> str:
     return f"{used / 1e9:.2f} GB" if not limit else f"{used / 1e9:.2f}/{limit / 1e9:.2f} GB"
 

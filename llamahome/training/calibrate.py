@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,13 +13,11 @@ from torch import Tensor
 from llamahome.data.batch import MicroBatch
 from llamahome.errors import MemoryLimitError
 from llamahome.memory.governor import MemoryGovernor
-from llamahome.memory.monitor import format_bytes
 from llamahome.memory.oom import OOMHandler, is_oom
 from llamahome.model.adapters import without_input_casts
 from llamahome.training.loop import TrainingLoop
 from llamahome.training.step import Ids, accumulate, seed_step
 
-logger = logging.getLogger(__name__)
 _PROBES = 2
 _TIGHT = 0.5  # share of the limit below which a probe would cost time and change nothing
 
@@ -47,8 +44,6 @@ def calibrate(loop: TrainingLoop) -> Iterator[dict[str, Any]]:
         reading = governor.monitor.read()
         measured = reading.peak_bytes + governor.plan.optimizer  # its state comes with the first step
         changed = governor.observe(micro_batch_tokens=tokens, reading=replace(reading, peak_bytes=measured))
-        logger.info("probe of %d tokens: %s predicted, %s measured", tokens, format_bytes(predicted),
-                    format_bytes(measured))  # fmt: skip
         yield {"event": "calibrated", "step": 0, "tokens": tokens, "predicted": predicted, "measured": measured}
         if changed is not None:
             yield {"step": 0, **changed}

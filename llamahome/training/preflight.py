@@ -22,7 +22,7 @@ from llamahome.files import remove_folder
 from llamahome.memory.monitor import format_bytes
 from llamahome.memory.oom import OOMHandler, free_memory
 from llamahome.model.adapters import adapter_state
-from llamahome.monitor.words import duration
+from llamahome.monitor.words import duration, short_path
 from llamahome.training import checkpoint as checkpoints
 from llamahome.training.calibrate import calibrate, try_micro_batch
 from llamahome.training.loop import TrainingLoop
@@ -94,7 +94,7 @@ def _checkpoint(config: Config, parts: Assembled, folder: RunFolder) -> dict[str
     )  # fmt: skip
     needed = _disk_bytes(config, parts.loop, size)
     folder.require_free(needed + parse_size(config.resource.min_free_disk))
-    logger.info("disk: %s needed in %s (training.keep_last: %d)", format_bytes(needed), folder.path,
+    logger.info("disk: %s needed in %s (training.keep_last: %d)", format_bytes(needed), short_path(folder.path),
                 config.training.keep_last)  # fmt: skip
     return {"checkpoint_bytes": size, "checkpoint_seconds": seconds, "disk_bytes": needed}
 

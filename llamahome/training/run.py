@@ -20,7 +20,7 @@ from llamahome.monitor.progress import Progress
 from llamahome.monitor.report import write_report
 from llamahome.monitor.sinks import JsonlSink, MetricSink, build_sinks
 from llamahome.monitor.trackers import require_trackers
-from llamahome.monitor.words import program
+from llamahome.monitor.words import program, short_path
 from llamahome.training import checkpoint as checkpoints
 from llamahome.training.callbacks import Callback, call_all, load_callbacks
 from llamahome.training.checkpoint import TrainingState
@@ -57,8 +57,8 @@ class RunResult:
             lines.append(f"held-out loss {self.before.loss:.4f} before, {self.after.loss:.4f} after {self.steps} steps")
         elif self.after:
             lines.append(f"held-out loss {self.after.loss:.4f} after {self.steps} steps")
-        lines.append(f"model in {self.output / 'final'}")
-        lines.append(f"talk to it: {program()} chat {quote(str(self.output))}")
+        lines.append(f"model in {short_path(self.output / 'final')}")
+        lines.append(f"talk to it: {program()} chat {quote(short_path(self.output))}")
         return lines
 
     def to_dict(self) -> dict[str, Any]:

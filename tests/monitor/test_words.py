@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llamahome.monitor.words import evaluation_text, event_text, program
+from llamahome.monitor.words import evaluation_text, event_text, program, short_path
 
 
 @pytest.mark.parametrize(
@@ -65,3 +66,9 @@ def test_a_command_is_shown_as_it_can_be_typed(
     monkeypatch.setattr(sys, "argv", [typed, "train"])
     monkeypatch.setattr(shutil, "which", lambda name: found)
     assert program() == shown
+
+
+def test_a_path_is_as_short_as_it_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert short_path(tmp_path / "output" / "mine") == "output/mine"
+    assert short_path(tmp_path.parent / "mine") == str(tmp_path.parent / "mine")
