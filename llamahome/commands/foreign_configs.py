@@ -204,6 +204,8 @@ def _shared() -> dict[str, Rule]:
         "report_to": _sinks,
         "trust_remote_code": drop("give --trust-remote-code on the command line, each time"),
         "group_by_length": drop(OWN + ": rows have no padding"),
+        "deepspeed": lambda _: "distributed.strategy: auto shares the model out over ranks where that is needed",
+        "fsdp": lambda _: "distributed.strategy: auto shares the model out over ranks where that is needed",
         "dataloader_num_workers": drop(OWN),
         "dataloader_pin_memory": drop(OWN),
         "lora_alpha": only("lora.alpha", int),

@@ -34,6 +34,7 @@ class Imported:
 def import_config(file: Path, output: Path) -> None:
     """Write the configuration FILE of torchtune, Axolotl or LLaMA-Factory as one of ours; list what is left out."""
     from llamahome.files import storage_errors, write_atomic
+    from llamahome.monitor.words import program as typed
 
     if output.exists():
         raise UsageError("there is a file already", where=str(output), fix="name another --output, or delete it")
@@ -46,7 +47,7 @@ def import_config(file: Path, output: Path) -> None:
     for key, reason in found.not_carried.items():
         print_error(f"not carried over: {key}: {reason}")
     print_line(f"{output} written from {program.name}'s {file}: {len(found.settings)} settings, "
-               f"{len(found.not_carried)} not carried over")  # fmt: skip
+               f"{len(found.not_carried)} not carried over; train with: {typed()} train --config {output}")  # fmt: skip
 
 
 def read_foreign(file: Path) -> tuple[Foreign, Imported]:

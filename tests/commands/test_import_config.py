@@ -183,6 +183,13 @@ def test_no_key_is_lost() -> None:
         assert found.not_carried == {"unheard_of": "no setting for it"}
 
 
+@pytest.mark.parametrize("name", ["Axolotl", "LLaMA-Factory"])
+def test_what_shares_a_model_out_leads_to_the_setting_that_does(name: str) -> None:
+    (program,) = (program for program in KNOWN if program.name == name)
+    found = translate(program, {"deepspeed": "deepspeed_configs/zero2.json", "fsdp": ["full_shard"]})
+    assert all("distributed.strategy" in found.not_carried[key] for key in ("deepspeed", "fsdp"))
+
+
 def test_values_that_mean_something_else_are_not_carried_over() -> None:
     by_name = {program.name: program for program in KNOWN}
     axolotl = translate(by_name["Axolotl"], {"optimizer": "adamw_bnb_8bit", "num_epochs": 1.5, "load_in_8bit": True,
