@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from llamahome import kernels
 from llamahome.config import Config
 from llamahome.distributed.shard import build_mesh, shard_model
+from llamahome.kernels import attention_native
 from llamahome.memory.plan import FIRST_STEP_BYTES, plan_memory
 from llamahome.memory.tracer import PeakTracker
 from llamahome.model.adapters import apply_adapter, without_input_casts
@@ -94,7 +95,11 @@ CASES += [
 
 
 @pytest.mark.parametrize(("method", "vocabulary", "tokens", "reshard"), CASES)
-def test_a_ranks_plan_is_what_its_tensors_take(method: Any, vocabulary: int, tokens: int, reshard: bool) -> None:
+def test_a_ranks_plan_is_what_its_tensors_take(
+    method: Any, vocabulary: int, tokens: int, reshard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A plan holds for every processor; attention in C++, where it runs, takes less than ATen's.
+    monkeypatch.setattr(attention_native, "_HAS_BF16", False)
     plan = plan_memory(
         {**SHAPE, "model_type": "llama", "vocab_size": vocabulary}, method=method, lora=Config().lora, fused=True,
         ranks=RANKS, reshard=reshard, micro_batch_tokens=tokens, loss_chunk=CHUNK, process_bytes=-FIRST_STEP_BYTES,
