@@ -237,4 +237,5 @@ def _duration(seconds: float) -> str:
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} second" + "s" * (round(seconds) != 1)
+    whole = max(1, round(seconds))
+    return f"{whole} second" + "s" * (whole != 1)
