@@ -1,4 +1,4 @@
-"""Every file of examples/ runs and does what it says."""
+"""Every file of examples/ runs and does what it says; by default a callback and the plain loop, the others as slow."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def train(settings: dict[str, Any], **changes: Any) -> list[dict[str, Any]]:
     return [line for line in lines if "event" not in line]
 
 
+@pytest.mark.slow
 def test_custom_loss_and_metrics(settings: dict[str, Any]) -> None:
     names = ["examples.custom_metric:trained_share", "examples.custom_metric:SmoothLoss"]
     records = train(settings, **{"training.loss": "examples.custom_loss:smoothed", "training.metrics": names})
@@ -71,6 +72,7 @@ def test_custom_callback(settings: dict[str, Any]) -> None:
     assert len(records) == 4
 
 
+@pytest.mark.slow
 def test_custom_format(settings: dict[str, Any], tmp_path: Path) -> None:
     faq = tmp_path / "faq.qa"
     faq.write_text("".join(f"Q: What is {i}?\nA: A number, {i}.\n\n" for i in range(20)))
@@ -81,6 +83,7 @@ def test_custom_format(settings: dict[str, Any], tmp_path: Path) -> None:
     assert fact["answer"] == "A number, 7."
 
 
+@pytest.mark.slow
 def test_custom_dataset_and_template(settings: dict[str, Any], tiny_model_dir: Path) -> None:
     changes = {"data.path": "examples.custom_dataset:sums", "data.template": "examples.custom_template:PLAIN"}
     assert len(train(settings, **changes)) == 4
@@ -97,6 +100,7 @@ def test_custom_dataset_and_template(settings: dict[str, Any], tiny_model_dir: P
     assert tokenizer.decode(answer) == "7<|im_end|>"
 
 
+@pytest.mark.slow
 def test_custom_optimizer_and_scheduler(settings: dict[str, Any]) -> None:
     names = {"optimization.optimizer": "examples.custom_optimizer:lion", "optimization.warmup_steps": 2}
     records = train(settings, **names, **{"optimization.scheduler_type": "examples.custom_scheduler:inverse_sqrt",
@@ -119,6 +123,7 @@ def test_lion_is_its_definition() -> None:
     torch.testing.assert_close(optimizer.state[p]["momentum"], torch.tensor([0.02, -0.04, 0.0]))
 
 
+@pytest.mark.slow
 def test_accelerate_loop(settings: dict[str, Any], data_file: Path, tiny_model_dir: Path) -> None:
     losses = load("accelerate_loop").main(str(data_file), str(tiny_model_dir))
     assert len(losses) == 5
@@ -136,17 +141,20 @@ def test_plain_loop(settings: dict[str, Any], data_file: Path, tiny_model_dir: P
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_governed_loop(settings: dict[str, Any], tiny_model_dir: Path) -> None:
     losses = load("governed_loop").main(str(tiny_model_dir))
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_governed_trainer(settings: dict[str, Any], tiny_model_dir: Path, tmp_path: Path) -> None:
     trainer = load("governed_trainer").main(str(tiny_model_dir), str(tmp_path / "out"))
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_governed_lightning(settings: dict[str, Any], tiny_model_dir: Path) -> None:
     pytest.importorskip("lightning")
     losses = load("governed_lightning").main(str(tiny_model_dir))
