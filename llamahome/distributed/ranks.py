@@ -220,15 +220,32 @@ def _join(ranks: Ranks, backend: str, timeout: timedelta) -> Store:
 
 
 def require_same(ranks: Ranks, facts: dict[str, str]) -> None:
-    """Raises: DistributedError naming the first fact that is not the same on all ranks, and the rank that differs."""
+    """Raises: DistributedError naming the first fact that is not the same on all ranks, and the rank that differs.
+
+    Of a fact that is an object in JSON, the first entry that differs is named.
+    """
     everybody = ranks.gather(facts)
     for name, value in everybody[0].items():
         for rank, other in enumerate(everybody):
             if other.get(name) != value:
+                what, ours, theirs = _difference(name, value, other.get(name))
                 raise DistributedError(
-                    f"rank {rank} has another {name} than rank 0: {other.get(name)}, not {value}",
+                    f"rank {rank} has another {what} than rank 0: {theirs}, not {ours}",
                     fix="give every host the same files, settings and versions",
                 )
+
+
+def _difference(name: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
+    """The name of what differs, and both values of it."""
+    first, second = (json.loads(text) if str(text).startswith("{") else text for text in (ours, theirs))
+    path = [name]
+    while isinstance(first, dict) and isinstance(second, dict):
+        key = next((key for key in first if first[key] != second.get(key)), None)
+        if key is None:  # only the other has more
+            break
+        path.append(key)
+        first, second = first[key], second.get(key)
+    return ": ".join([name, ".".join(path[1:])]) if path[1:] else name, first, second
 
 
 def is_peer_failure(error: BaseException) -> bool:

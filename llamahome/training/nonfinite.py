@@ -108,15 +108,16 @@ class StepFaults:
         loop.state.skipped_samples = sorted(left_out)
 
     def _culprits(self, loop: TrainingLoop, samples: Ids, gradient: Gradient) -> list[int]:
-        """The samples of the step that are at fault by themselves; where none is, those of the micro-batches that
-        are, or all. In lockstep no rank may run a sample alone, so that the micro-batch has to do."""
-        cut = loop.batches.cut(samples, loop.token_budget)
+        """The samples of the step that are at fault by themselves; where none is on any rank, those of the
+        micro-batches that are, or all. In lockstep no rank may run a sample alone: the micro-batch has to do."""
+        ranks, cut = loop.team.ranks, loop.batches.cut(samples, loop.token_budget)
         losses = [float(loss) for loss in gradient.micro_losses]
-        bad = [ids for ids, loss in zip(cut, losses, strict=False) if not math.isfinite(loss)] or cut
-        suspects = [int(i) for ids in bad for i in ids]
+        bad = [ids for ids, loss in zip(cut, losses, strict=False) if not math.isfinite(loss)]
+        suspects = [int(i) for ids in (bad if ranks.any(bool(bad)) else cut) for i in ids]
         if not loop.team.in_lockstep:
-            suspects = [i for i in suspects if self.of(*_alone(loop, i), loop.state)] or suspects
-        return sorted({i for share in loop.team.ranks.gather(suspects) for i in share})
+            alone = [i for i in suspects if self.of(*_alone(loop, i), loop.state)]
+            suspects = alone if ranks.any(bool(alone)) else suspects
+        return sorted({i for share in ranks.gather(suspects) for i in share})
 
 
 def left_in(samples: Ids, skipped: list[int]) -> Ids:

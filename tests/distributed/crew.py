@@ -2,8 +2,9 @@
 
     {"words": ["train", "--set", ...], "ranks": 4, "environment": {}, "logs": "FOLDER"}
 
-starts the command line in so many processes, as torchrun would, and answers with their ids; when all have ended, with
-their exit codes (minus the number of the signal that killed one). {"load": MODULE FILE} imports names listed there.
+starts the command line in so many processes, as torchrun would, each with its rank for {rank}. It answers with their
+ids; when all have ended, with their exit codes (minus the number of the signal that killed one). {"load": MODULE FILE}
+imports names listed there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-MODULES = "MODULES_FILE"
+MODULES, FOLDER = "MODULES_FILE", "WORKING_FOLDER"
 
 
 def free_port() -> int:
@@ -38,11 +39,12 @@ def variables(rank: int, ranks: int, port: int) -> dict[str, str]:
 def be_a_rank(words: list[str], environment: dict[str, str], log: Path) -> NoReturn:
     """Become the command line with its output in `log`, and end with its exit code."""
     os.environ |= environment
+    os.chdir(environment.get(FOLDER, "."))
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     faulthandler.enable(file=2)  # SIGABRT leaves the stacks in the log
-    sys.argv = ["llamahome", *words]
+    sys.argv = ["llamahome", *(word.replace("{rank}", environment.get("RANK", "0")) for word in words)]
     from llamahome.cli import main
 
     code = 1
