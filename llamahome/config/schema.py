@@ -26,8 +26,8 @@ from llamahome.config.fields import (
 )
 
 Auto = Literal["auto"]
-Recompute = bool | Literal["auto", "mlp"]
 Count = Annotated[int, Field(ge=1)]
+Recompute = bool | Count | Literal["auto", "mlp"]
 Workers = Annotated[int, Field(ge=0)] | Auto
 Attention = Literal["auto", "llamahome", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "xformers"]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -176,7 +176,8 @@ class ProcessingSettings(Section):
     mixed_precision: bool = Field(default=True, description="Compute in bf16 or fp16 where the hardware is fast at it.")
     gradient_checkpointing: Recompute = Field(
         default="auto",
-        description="Recompute layers, or only their MLPs' products, in backward; auto does so if memory is short.",
+        description="Recompute layers, so many of the first, or only their MLPs' products, in backward; auto does what "
+        "memory asks for.",
     )
     compile_mode: Literal["none", "auto", "default", "reduce-overhead", "max-autotune"] = Field(
         default="auto", description="torch.compile mode; auto compiles where a measured trial says that it pays."

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llamahome.memory.plan import MemoryPlan, default_loss_rows, plan_memory
-from llamahome.memory.shape import model_shape
+from llamahome.memory.recompute import in_order_of_cost
+from llamahome.memory.shape import ModelShape, model_shape
 
 if TYPE_CHECKING:
     from llamahome.config import Config
@@ -44,18 +45,19 @@ class Machine:
 
 @dataclass(frozen=True)
 class Rung:
-    """Settings that save memory and cost time."""
+    """Settings that save memory and cost time. `gradient_checkpointing`: no layer, all, or so many of the first."""
 
     loss_chunk: int
     recompute_mlp: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | int = False
     offload: bool = False
 
     def __str__(self) -> str:
         """Only what is spent: for a line that says what was turned on."""
         words = [f"processing.loss_chunk {self.loss_chunk}"]
         words += ["the MLP's products made again in backward"] * self.recompute_mlp
-        words += ["processing.gradient_checkpointing on"] * self.gradient_checkpointing
+        if self.gradient_checkpointing:
+            words.append(f"processing.gradient_checkpointing {as_setting(self.gradient_checkpointing)}")
         return ", ".join([*words, *["kept activations in host memory"] * self.offload])
 
 
@@ -88,7 +90,7 @@ def choose_plan(
     chunk = config.processing.loss_chunk
     ladder = list(
         rungs(
-            model_shape(architecture).vocabulary, loss_chunk=0 if chunk == "auto" else int(chunk), fused=fused,
+            model_shape(architecture), loss_chunk=0 if chunk == "auto" else int(chunk), fused=fused,
             checkpointing=config.processing.gradient_checkpointing, device=machine.device,
         )
     )  # fmt: skip
@@ -97,23 +99,34 @@ def choose_plan(
 
 
 def rungs(
-    vocabulary: int, *, loss_chunk: int, checkpointing: bool | str, device: str, fused: bool = False
+    shape: ModelShape, *, loss_chunk: int, checkpointing: bool | int | str, device: str, fused: bool = False
 ) -> Iterator[Rung]:
     """The ladder from the fastest settings to the smallest; what the user decided stays as it is.
 
-    `loss_chunk` 0 and `checkpointing` "auto" are open. Only `fused` layers can make the MLP's products alone again.
-    Activations are moved out of a GPU's memory only: beside a CPU there is no other memory, and disks are too slow to
-    hold what each layer keeps.
+    `loss_chunk` 0 and `checkpointing` "auto" are open: as few layers as will do are computed again, or the MLP's
+    products of all, which only `fused` layers can do; what adds less arithmetic is tried first. Activations are moved
+    out of a GPU's memory only: beside a CPU there is no other memory, and disks are too slow to hold what each layer
+    keeps.
     """
-    chunks = [loss_chunk] if loss_chunk else [default_loss_rows(vocabulary, device), SMALL_LOSS_CHUNK]
+    chunks = [loss_chunk] if loss_chunk else [default_loss_rows(shape.vocabulary, device), SMALL_LOSS_CHUNK]
     for chunk in dict.fromkeys(chunks):
-        yield Rung(chunk, recompute_mlp=checkpointing == "mlp", gradient_checkpointing=checkpointing is True)
+        yield _rung(chunk, False if checkpointing == "auto" else checkpointing)
     if checkpointing == "auto":
-        if fused:
-            yield Rung(chunks[-1], recompute_mlp=True)
-        yield Rung(chunks[-1], gradient_checkpointing=True)
+        for value in (*in_order_of_cost(shape, fused=fused), True):
+            yield _rung(chunks[-1], value)
     if device.partition(":")[0] == "cuda":
-        yield Rung(chunks[-1], checkpointing == "mlp", checkpointing in (True, "auto"), offload=True)
+        yield replace(_rung(chunks[-1], True if checkpointing == "auto" else checkpointing), offload=True)
+
+
+def _rung(chunk: int, checkpointing: bool | int | str) -> Rung:
+    if isinstance(checkpointing, str):
+        return Rung(chunk, recompute_mlp=checkpointing == "mlp")
+    return Rung(chunk, gradient_checkpointing=checkpointing)
+
+
+def as_setting(checkpointing: bool | int) -> str:
+    """As it is written in a configuration."""
+    return str(checkpointing).lower()
 
 
 def climb(
@@ -136,7 +149,7 @@ def savings(plan: MemoryPlan, *, longest: int, missing: int) -> list[str]:
     These change what is trained or how long it takes, so they are advice and never taken by themselves.
     """
     advice = [f"set data.max_length to {longest // 16 * 16}"] if longest >= 64 else []
-    if not plan.gradient_checkpointing:
+    if plan.gradient_checkpointing is not True:
         advice.append("set processing.gradient_checkpointing: true")
     if plan.adapters and plan.weights - plan.quantized_weights > missing:
         advice.append("set training.method: qlora")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llamahome.config import Config
 from llamahome.memory.flops import training_flops
 from llamahome.memory.governor import AIM, ENOUGH_TOKENS, STEP
-from llamahome.memory.ladder import Machine, Workload, choose_plan, savings
+from llamahome.memory.ladder import Machine, Workload, as_setting, choose_plan, savings
 from llamahome.memory.plan import MemoryPlan
+from llamahome.memory.recompute import Part, parts
 from llamahome.memory.shape import model_shape
 
 # Share of the matrix products' peak that training reaches. CPU: SmolLM2-135M on two cores here. GPU: torchtitan's
@@ -27,7 +28,8 @@ DATASHEETS = {
 class Outlook:
     """A plan for a machine. `minimum_bytes` is the smallest limit that would do with every saving but shorter samples.
 
-    `plan` is at the cut that the governor would begin with; `advice` holds settings that would make it fit.
+    `plan` is at the cut that the governor would begin with; `advice` holds settings that would make it fit; `recompute`
+    says what a layer's parts save when they are computed again.
     """
 
     plan: MemoryPlan
@@ -37,6 +39,7 @@ class Outlook:
     turned_on: tuple[str, ...]
     advice: tuple[str, ...]
     seconds: float | None
+    recompute: Mapping[str, Part] = field(default_factory=dict)
 
 
 def look_ahead(
@@ -56,6 +59,9 @@ def look_ahead(
         turned_on=_turned_on(plan, choice.asked),
         advice=() if missing <= 0 else tuple(savings(plan, longest=fitting, missing=missing)),
         seconds=_seconds(architecture, config, machine, work, plan),
+        recompute=parts(
+            model_shape(architecture), config.lora, low=precision != "fp32", trains_base=config.trains_base, fused=fused
+        ),
     )
 
 
@@ -70,7 +76,10 @@ def _turned_on(plan: MemoryPlan, asked: MemoryPlan) -> tuple[str, ...]:
     words: Sequence[tuple[bool, str]] = (
         (plan.loss_rows != asked.loss_rows, f"processing.loss_chunk: {plan.loss_rows}"),
         (plan.recompute_mlp, "the MLP's products made again in backward"),
-        (plan.gradient_checkpointing != asked.gradient_checkpointing, "processing.gradient_checkpointing: true"),
+        (
+            plan.gradient_checkpointing != asked.gradient_checkpointing,
+            f"processing.gradient_checkpointing: {as_setting(plan.gradient_checkpointing)}",
+        ),
         (plan.offload, "kept activations in host memory"),
     )
     return tuple(word for changed, word in words if changed)
@@ -88,6 +97,7 @@ def _seconds(architecture: Any, config: Config, machine: Machine, work: Workload
     )  # fmt: skip
     forward = 1 / 3 if trains_base else 1 / 2  # of a step's arithmetic, made once more
     mlp = 2 * shape.hidden * shape.mlp * shape.layers / one_expert.linear_parameters
-    again = 1 + forward * (1.0 if plan.gradient_checkpointing else mlp if plan.recompute_mlp else 0.0)
+    layers = 1.0 if plan.gradient_checkpointing is True else plan.gradient_checkpointing / shape.layers
+    again = 1 + forward * (mlp if plan.recompute_mlp else layers)
     needed = again * flops.of(work.tokens, round(work.trained_fraction * work.tokens))
     return needed / (machine.peak_flops * REACHED[machine.device] * machine.ranks)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llamahome.memory.layers import Adapter, AdapterSettings, backward_per_token, kept_per_token
+from llamahome.memory.recompute import entry_per_token, mlp_per_token
 from llamahome.memory.shape import ModelShape, model_shape
 
 Method = Literal["lora", "qlora", "full", "qat"]
@@ -63,6 +64,8 @@ class MemoryPlan:
     weights: int
     adapters: int
     gradients: int
+    gradient_checkpointing: layers that are computed again in backward: none, all, or so many of the first.
+    layer_bytes_per_token: what one layer keeps that is not computed again.
     optimizer: int
     overhead: int
     micro_batch_tokens: int
@@ -72,7 +75,7 @@ class MemoryPlan:
     loss_rows: int
     loss_constant: int
     trained_fraction: float
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | int
     allocator_share: float
     quantized_weights: int = 0
     recompute_mlp: bool = False
@@ -86,6 +89,7 @@ class MemoryPlan:
         """What does not depend on the cut."""
         return sum(getattr(self, name) for name in FIXED)
 
+    layer_bytes_per_token: int = 0
     @property
     def loss(self) -> int:
         """Logits of one chunk of trained tokens, their gradient, and that of a trained output projection."""
@@ -132,13 +136,13 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, int | bool]:
         """The parts and their total, for run.json."""
         rates = ("total", "micro_batch_tokens", "bytes_per_token", "fixed_bytes", "loss_rows", "gradient_checkpointing",
-                 "recompute_mlp", "offload")  # fmt: skip
+                 "recompute_mlp", "offload", "layer_bytes_per_token")  # fmt: skip
         return {name: getattr(self, name) for name in (*PARTS, *rates)}
 
 
 def plan_memory(
     model_config: Any, *, method: Method = "lora", lora: AdapterSettings | None = None, precision: str = "bf16",
-    max_length: int = 512, micro_batch_tokens: int | None = None, gradient_checkpointing: bool = False,
+    max_length: int = 512, micro_batch_tokens: int | None = None, gradient_checkpointing: bool | int = False,
     optimizer: str = "adamw", trained_fraction: float = 1.0, loss_chunk: int = 0, device: str = "cpu",
     fused: bool = False, recompute_mlp: bool = False, offload: bool = False, ranks: int = 1, reshard: bool = True,
     step_tokens: int = 0, compiled: bool = False, process_bytes: int | None = None,
@@ -158,6 +162,7 @@ def plan_memory(
         ranks: processes that share weights, gradients and optimizer (FSDP2); the result is one rank's.
         reshard: they give a layer back after its forward pass and gather it again for backward.
         step_tokens: tokens of the largest step, for what is read ahead.
+        gradient_checkpointing: all layers, or so many of the first, are computed again in backward.
         compiled: layers go through torch.compile.
         process_bytes: what the process holds before the model is loaded; by default what it usually is.
 
@@ -169,30 +174,35 @@ def plan_memory(
     adapters = 0 if trains_base else _adapter_parameters(shape, adapter)
     trained = shape.linear_parameters + shape.other_parameters if trains_base else adapters
     layer = kept_per_token(shape, adapter, low=low, trains_base=trains_base, fused=fused)
-    remade = 2 * element * shape.mlp if recompute_mlp and fused and not gradient_checkpointing else 0
-    entry = shape.hidden * (2 if low and not trains_base else 4)
-    kept = entry if gradient_checkpointing else layer - remade
+    again = shape.layers if gradient_checkpointing is True else min(shape.layers, int(gradient_checkpointing))
+    remade = mlp_per_token(shape, low=low) if recompute_mlp and fused and not again else 0
+    entry = entry_per_token(shape, low=low, trains_base=trains_base)
+    kept = again * entry + (shape.layers - again) * (layer - remade)
     # Of what is moved away, one layer's is on its way out while the next is computed.
-    kept *= min(2, shape.layers) if offload else shape.layers
-    copies = _weight_copies(shape, low, method, fused) // (shape.layers if gradient_checkpointing and not fused else 1)
+    here = min(2, shape.layers) * (entry if again == shape.layers else layer - remade) if offload else kept
+    backward = backward_per_token(shape, low=low, trains_base=trains_base, fused=fused)
+    share = _heap_share(
+        (fused, trains_base, low), min(1.0, again / max(1, shape.layers - 1)),
+        shape.layers * layer + backward, (shape.layers - 1) * entry + layer + backward,
+    )  # fmt: skip
+    copied = shape.layers if fused else max(1, shape.layers - again)  # unfused layers keep copies of their weights
     cpu = device.partition(":")[0] == "cpu"
     return MemoryPlan(
         weights=_weights(shape, method, element) // ranks,
         adapters=adapters * (4 + (2 if low else 0)) // ranks,
         gradients=4 * trained // ranks,
         optimizer=int(optimizer_bytes(optimizer) * trained) // ranks,
-        overhead=_process(process_bytes, cpu) + copies,
+        overhead=_process(process_bytes, cpu) + _weight_copies(shape, low, method, fused) * copied // shape.layers,
         micro_batch_tokens=micro_batch_tokens or max_length,
-        saved_per_token=kept + _ends(shape, low, trains_base, trained_fraction),
-        backward_per_token=backward_per_token(shape, low=low, trains_base=trains_base, fused=fused)
-        + (layer - entry if gradient_checkpointing else remade),
+        saved_per_token=here + _ends(shape, low, trains_base, trained_fraction),
+        backward_per_token=backward + (layer - entry if again == shape.layers else remade),
         loss_row_bytes=shape.vocabulary * 2 * element,  # two chunks for a moment
         loss_rows=loss_chunk or default_loss_rows(shape.vocabulary, device),
         # The output projection's gradient in fp32, before and after it is scaled.
         loss_constant=8 * shape.vocabulary * shape.hidden if trains_base else 0,
         trained_fraction=trained_fraction,
-        gradient_checkpointing=gradient_checkpointing,
-        allocator_share=_HEAP_SLACK[fused, trains_base, low, gradient_checkpointing] if cpu else _GPU_SLACK,
+        gradient_checkpointing=again if 0 < again < shape.layers else again > 0,
+        allocator_share=share if cpu else _GPU_SLACK,
         quantized_weights=_weights(shape, "qlora", element) // ranks,
         recompute_mlp=remade > 0,
         offload=offload,
@@ -205,6 +215,7 @@ def plan_memory(
 def _process(held: int | None, cpu: bool) -> int:
     """Bytes of the process without the model; only on a CPU do they count against the same limit."""
     if not cpu:
+        layer_bytes_per_token=layer - remade,
         return RUNTIME_BYTES["cuda"]
     return RUNTIME_BYTES["cpu"] if held is None else held + FIRST_STEP_BYTES
 
@@ -214,6 +225,15 @@ def default_loss_rows(vocabulary: int, device: str = "cpu") -> int:
     if device.partition(":")[0] == "cpu":
         return max(128, min(4096, _LOSS_CHUNK_BYTES // (4 * vocabulary) // 64 * 64))
     return max(1024, min(4096, _GPU_LOSS_CHUNK_BYTES // (2 * vocabulary) // 256 * 256))
+
+def _heap_share(kind: tuple[bool, bool, bool], again: float, most: int, least: int) -> float:
+    """The heap's share of activations that are so far on the way from `most` (no layer is computed again) to `least`.
+
+    Its bytes are taken to lie on the line between both.
+    """
+    most_heap, least_heap = most * _HEAP_SLACK[*kind, False], least * _HEAP_SLACK[*kind, True]
+    return (most_heap + again * (least_heap - most_heap)) / (most + again * (least - most))
+
 
 
 def optimizer_bytes(name: str) -> float:

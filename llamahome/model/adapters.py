@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamahome.errors import ConfigError, ModelError
 from llamahome.model.checks import Header, model_fingerprint, read_header, read_json, weight_files
+from llamahome.model.compile import decoder_layers
 from llamahome.model.fake_quant import Scheme, join_adapter, prepare, scheme_of
 from llamahome.model.load import source_of
 from llamahome.model.quantize import NF4
@@ -88,9 +89,18 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Recompute each layer in the backward pass. Not reentrant: frozen inputs need no gradient for it."""
+def enable_checkpointing(model: Any, layers: bool | int = True) -> None:
+    """Recompute each layer in the backward pass, or so many of the first.
+
+    Not reentrant: frozen inputs need no gradient for it. The first: see `llamahome.memory.recompute`.
+    """
     model.activation_checkpointing_enable({"use_reentrant": False})
+    if layers is True:
+        return
+    causal = model.get_base_model() if hasattr(model, "peft_config") else model
+    kept: list[Any] = decoder_layers(causal)[layers:]
+    for layer in kept:
+        layer.gradient_checkpointing = False
 
 
 @contextmanager

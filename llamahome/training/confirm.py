@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,20 +23,34 @@ _LAYERS = (1, 2, 3)
 
 
 def traced_bytes(
-    architecture: Mapping[str, Any], config: Config, precision: Precision, *, tokens: int, checkpointing: bool = False
-) -> int:
+    architecture: Mapping[str, Any], config: Config, precision: Precision, *, tokens: int,
+    checkpointing: bool | int = False,
+) -> int:  # fmt: skip
     """Peak bytes of the tensors of a training step with `tokens` in one micro-batch, weights and optimizer included.
 
-    Models of 1, 2 and 3 layers run and the rest is extrapolated: each layer costs the same. The process itself, the
+    Models of 1, 2 and 3 layers run and the rest is extrapolated: each layer costs the same, or where only the first are
+    computed again, each of its kind. The process itself, the
     allocator's share and the buffers of the loss are not in it. Takes seconds for a model of any size; the second step
     is measured, when the optimizer's state is there. Raises: RuntimeError where the three do not lie on a line.
     """
     layers = next(int(architecture[name]) for name in ("num_hidden_layers", "n_layer") if name in architecture)
+    again = layers if checkpointing is True else min(layers, int(checkpointing))
+    trace = partial(_line, architecture, config, precision, tokens)
+    rest, kept = trace(again == layers)
+    # In front of layers that keep all, those computed again add what they add to a model that has no others.
+    inputs = trace(True)[1] if 0 < again < layers else kept
+    return rest + (layers - again) * kept + again * inputs
+
+
+def _line(
+    architecture: Mapping[str, Any], config: Config, precision: Precision, tokens: int, checkpointing: bool
+) -> tuple[int, int]:
+    """Bytes of the rest of a model and of each layer."""
     peaks = [_traced(architecture, number, config, precision, tokens, checkpointing) for number in _LAYERS]
     first, second = peaks[1] - peaks[0], peaks[2] - peaks[1]
     if abs(first - second) > 0.02 * peaks[2]:
         raise RuntimeError(f"layers do not cost the same: {first} and {second} bytes")
-    return peaks[2] + (layers - _LAYERS[-1]) * second
+    return peaks[2] - _LAYERS[-1] * second, second
 
 
 def _traced(

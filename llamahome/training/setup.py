@@ -307,8 +307,8 @@ def attention_name(config: Config) -> str:
 
 
 def load_for_training(
-    config: Config, source: ModelSource, device: torch.device, precision: Precision, *, checkpointing: bool,
-    stored: torch.dtype | None = None,
+    config: Config, source: ModelSource, device: torch.device, precision: Precision, *,
+    checkpointing: bool | int, stored: torch.dtype | None = None,
 ) -> Any:  # fmt: skip
     """The base model in the precision of frozen weights (fp32 where they are trained), with its adapter.
 
@@ -324,7 +324,7 @@ def load_for_training(
     )
     model = apply_adapter(model, config)
     if checkpointing:
-        enable_checkpointing(model)
+        enable_checkpointing(model, checkpointing)
     return model
 
 

@@ -40,12 +40,17 @@ def test_fused_layers_keep_what_their_formula_says() -> None:
 
 def test_the_ladder_goes_from_fast_to_small_and_keeps_what_was_asked_for() -> None:
     def ladder(**settings: Any) -> list[Rung]:
-        return list(rungs(128_256, **{"loss_chunk": 0, "checkpointing": "auto", "device": "cuda"} | settings))
+        settings = {"loss_chunk": 0, "checkpointing": "auto", "device": "cuda"} | settings
+        return list(rungs(model_shape(LLAMA_8B), **settings))
 
     default, small = default_loss_rows(128_256, "cuda"), SMALL_LOSS_CHUNK
     slowest = [Rung(small, gradient_checkpointing=True), Rung(small, gradient_checkpointing=True, offload=True)]
-    assert ladder() == [Rung(default), Rung(small), *slowest]
-    assert ladder(fused=True) == [Rung(default), Rung(small), Rung(small, recompute_mlp=True), *slowest]
+    some = [Rung(small, gradient_checkpointing=layers) for layers in range(1, 32)]
+    assert ladder() == [Rung(default), Rung(small), *some, *slowest]
+    # Gate and up are 54 % of a layer's weights: as much arithmetic as 17.2 of 32 layers.
+    some.insert(17, Rung(small, recompute_mlp=True))
+    assert ladder(fused=True) == [Rung(default), Rung(small), *some, *slowest]
+    assert [rung.gradient_checkpointing for rung in ladder(checkpointing=5)] == [5, 5, 5]
     assert not any(rung.recompute_mlp for rung in ladder(fused=True, checkpointing=False))
     assert not any(rung.offload for rung in ladder(device="cpu"))
     assert {rung.loss_chunk for rung in ladder(loss_chunk=512)} == {512}
@@ -55,15 +60,17 @@ def test_the_ladder_goes_from_fast_to_small_and_keeps_what_was_asked_for() -> No
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_each_rung_needs_less_and_the_first_that_fits_is_taken(device: str) -> None:
-    ladder = list(rungs(128_256, loss_chunk=0, checkpointing="auto", device=device, fused=True))
+    ladder = list(rungs(model_shape(LLAMA_8B), loss_chunk=0, checkpointing="auto", device=device, fused=True))
 
     def build(rung: Rung) -> MemoryPlan:
         return plan_memory(LLAMA_8B, max_length=4096, fused=True, device=device, **vars(rung))
 
     needs = [build(rung).total for rung in ladder]
-    assert needs == sorted(needs, reverse=True)
+    layers = [build(rung).total for rung in ladder if not rung.recompute_mlp]
+    assert layers == sorted(layers, reverse=True)
     for need in needs:
-        assert climb(ladder, build, limit_bytes=need, longest_sample=4096).total == need
+        first = next(found for found in needs if found <= need)
+        assert climb(ladder, build, limit_bytes=need, longest_sample=4096).total == first
     assert climb(ladder, build, limit_bytes=needs[-1] // 2, longest_sample=4096).total == needs[-1]
 
 
@@ -101,13 +108,14 @@ def test_a_data_sheet_is_only_taken_for_a_card_of_that_size() -> None:
 
 CASES: list[Any] = [("lora", "bf16", False)]
 CASES += [
-    pytest.param("lora", *rest, marks=pytest.mark.slow) for rest in (("bf16", True), ("fp32", False), ("fp32", True))
+    pytest.param("lora", *rest, marks=pytest.mark.slow)
+    for rest in (("bf16", True), ("bf16", 8), ("fp32", False), ("fp32", True))
 ]
 
 
 @pytest.mark.parametrize(("method", "precision", "checkpointing"), CASES)
 def test_a_traced_step_of_the_8b_model_agrees_with_the_formula(
-    method: str, precision: Any, checkpointing: bool
+    method: str, precision: Any, checkpointing: bool | int
 ) -> None:
     from llamahome.commands.plan import comparable
     from llamahome.training.confirm import traced_bytes

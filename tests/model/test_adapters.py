@@ -133,15 +133,20 @@ def test_a_target_may_be_a_part_of_the_path(tiny_model_dir: Path) -> None:
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_checkpointing_gives_the_same_gradients(tiny_model_dir: Path, method: str) -> None:
     gradients = []
-    for checkpointing in (False, True):
+    for layers, marks in ((False, [False, False]), (True, [True, True]), (1, [True, False])):
         model = trained(tiny_model_dir, training__method=method).train()
-        if checkpointing:
-            enable_checkpointing(model)
-            assert model.is_activation_checkpointing
+        if layers:
+            enable_checkpointing(model, layers)
+        assert [layer.gradient_checkpointing for layer in model.base_model.modules() if is_layer(layer)] == marks
         model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in trainable_parameters(model)})
-    assert all(gradient is not None for gradient in gradients[1].values())
-    assert same(*gradients)
+    assert all(gradient is not None for gradient in gradients[0].values())
+    assert same(gradients[0], gradients[1])
+    assert same(gradients[0], gradients[2])
+
+
+def is_layer(module: Any) -> bool:
+    return type(module).__name__ == "LlamaDecoderLayer"
 
 
 def test_weights_are_read_back_bit_for_bit(tiny_model_dir: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:

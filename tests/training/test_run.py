@@ -103,6 +103,20 @@ def test_bf16_learns_as_fp32_does(settings, method, tmp_path):
         assert found != exact
 
 
+def test_how_many_layers_are_computed_again_changes_no_bit_and_is_kept_for_a_resume(settings, tmp_path):
+    whole = run(settings).output
+    some = run(settings, **{"processing.gradient_checkpointing": 1, "training.output": str(tmp_path / "some")}).output
+    assert losses(some) == losses(whole)
+    assert (some / "final/adapter_model.safetensors").read_bytes() == (
+        whole / "final/adapter_model.safetensors"
+    ).read_bytes()
+    plan = json.loads((some / "run.json").read_bytes())["memory_plan"]
+    assert plan["gradient_checkpointing"] == 1
+    assert plan["gradient_checkpointing"] is not True
+    state = json.loads((some / "checkpoint-12/training_state.json").read_bytes())
+    assert state["choices"]["processing.gradient_checkpointing"] == 1
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_resumed_run_ends_with_the_same_bits(settings, method, tmp_path, monkeypatch):
     settings = settings | {"training.method": method, "lora.dropout": 0.1 if method == "lora" else 0.0}
