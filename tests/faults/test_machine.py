@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 from typing import Any
 
 import pytest
@@ -62,6 +63,32 @@ def test_few_files_may_be_open(place: Any, undisturbed: Any) -> None:
         process = place.start(place.words("train"))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert (place.run / ADAPTER).read_bytes() == (undisturbed(place) / ADAPTER).read_bytes()
+
+
+REFUSING = """
+#include <errno.h>
+#include <spawn.h>
+#include <unistd.h>
+pid_t fork(void) { errno = EAGAIN; return -1; }
+pid_t vfork(void) { errno = EAGAIN; return -1; }
+int posix_spawn(pid_t *pid, const char *path, const posix_spawn_file_actions_t *actions,
+                const posix_spawnattr_t *attributes, char *const words[], char *const variables[]) {
+    (void)pid, (void)path, (void)actions, (void)attributes, (void)words, (void)variables;
+    return EAGAIN;
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_no_process_may_be_started(place: Any, undisturbed: Any) -> None:
+    (place.folder / "refusing.c").write_text(REFUSING)
+    library = place.folder / "refusing.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, place.folder / "refusing.c"], check=True)
+    process = place.start(place.words("train"), LD_PRELOAD=str(library))
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert (place.run / ADAPTER).read_bytes() == (undisturbed(place) / ADAPTER).read_bytes()

@@ -109,6 +109,14 @@ class TestAsRoot:
         assert answer.stderr.splitlines()[-1].startswith("error: 0.10 GB free, ")
         assert "resource.min_free_disk; " in answer.stderr or "resource.min_free_disk)" in answer.stderr
 
+    @pytest.mark.slow
+    def test_no_shared_memory_is_left(self, place: Any, undisturbed: Any) -> None:
+        fill = 'mount -t tmpfs -o size=4k none /dev/shm && head -c 4096 /dev/zero > /dev/shm/full && exec "$@"'
+        process = place.start(place.words("train"), ["unshare", "-m", "sh", "-c", fill, "sh"])
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+        assert adapter(place.run) == adapter(undisturbed(place))
+
     def test_another_user_s_folder(self, place: Any) -> None:
         code = (
             "import os; from pathlib import Path; from llamahome.training.rundir import RunFolder\n"
