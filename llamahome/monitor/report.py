@@ -85,7 +85,7 @@ def _charts(records: Sequence[RunRecord]) -> Iterator[Chart]:
     yield Chart("Waiting for data: seconds in each step", waits, _number, from_zero=True)
     yield Chart("Learning rate", _series(records, "learning_rate", "learning rate"), _number, from_zero=True)
     yield Chart("Gradient norm", _series(records, "grad_norm", "gradient norm"), _number, from_zero=True)
-    yield Chart("Model FLOP utilisation", _series(records, "mfu", "share of the peak"), _share, from_zero=True)
+    yield Chart("Model FLOPs, as a share of what matrix products reached before the run", _series(records, "mfu", "share of the peak"), _share, from_zero=True)
 
 
 def _series(records: Sequence[RunRecord], key: str, label: str, *, steps: bool = False) -> list[Line]:
@@ -152,7 +152,8 @@ def _details(record: RunRecord, number: int) -> Iterator[str]:
     yield _table("Facts", _facts(record))
     data = record.run.get("data")
     if isinstance(data, dict) and isinstance(data.get("lengths"), dict):
-        rows = [(f"up to {int(length):,}", int(count)) for length, count in data["lengths"].items()]
+        lengths = sorted((int(length), int(count)) for length, count in data["lengths"].items())
+        rows = [(f"up to {length:,}", count) for length, count in lengths]
         yield bars(Bars("Samples by length in tokens", rows, "samples"))
     events = [event_text(event) for event in record.events[-_EVENTS_SHOWN:] if event["event"] != "sample"]
     yield _folded("Events", _list(events)) if events else ""

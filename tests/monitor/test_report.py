@@ -126,7 +126,7 @@ def test_a_sample_is_shown_before_and_after(tmp_path: Path) -> None:
 
 
 def test_every_picture_of_lines_has_its_figures_as_a_table(tmp_path: Path) -> None:
-    data = {"lengths": {"64": 10, "128": 3}}
+    data = {"lengths": {"128": 3, "64": 10}}  # as they were met
     text = page([read_record(write_run(tmp_path / "run", data=data))])
     assert text.count("<summary>Figures: ") == text.count("<polyline") - 2 == 7  # two with a second line
     assert '<th scope="row">4</th><td>0.5</td><td>0.75</td>' in text
