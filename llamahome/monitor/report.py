@@ -85,7 +85,8 @@ def _charts(records: Sequence[RunRecord]) -> Iterator[Chart]:
     yield Chart("Waiting for data: seconds in each step", waits, _number, from_zero=True)
     yield Chart("Learning rate", _series(records, "learning_rate", "learning rate"), _number, from_zero=True)
     yield Chart("Gradient norm", _series(records, "grad_norm", "gradient norm"), _number, from_zero=True)
-    yield Chart("Model FLOPs, as a share of what matrix products reached before the run", _series(records, "mfu", "share of the peak"), _share, from_zero=True)
+    shares = _series(records, "mfu", "share")
+    yield Chart("Model FLOPs by what matrix products reached before the run", shares, _share, from_zero=True)
 
 
 def _series(records: Sequence[RunRecord], key: str, label: str, *, steps: bool = False) -> list[Line]:
