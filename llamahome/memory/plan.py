@@ -58,14 +58,14 @@ class MemoryPlan:
     gathered: whole layers that are put together from the ranks' parts. reader: steps read ahead.
     compile_scratch: what a compiler leaves in the process.
     quantized_weights: what `weights` would be with QLoRA, for advice.
+    gradient_checkpointing: layers that are computed again in backward: none, all, or so many of the first.
+    layer_bytes_per_token: what one layer keeps that is not computed again.
     `saved_per_token`, `backward_per_token` and the `loss_` values are the rates behind `activations` and `loss`.
     """
 
     weights: int
     adapters: int
     gradients: int
-    gradient_checkpointing: layers that are computed again in backward: none, all, or so many of the first.
-    layer_bytes_per_token: what one layer keeps that is not computed again.
     optimizer: int
     overhead: int
     micro_batch_tokens: int
@@ -83,13 +83,13 @@ class MemoryPlan:
     gathered: int = 0
     reader: int = 0
     compile_scratch: int = 0
+    layer_bytes_per_token: int = 0
 
     @property
     def fixed_bytes(self) -> int:
         """What does not depend on the cut."""
         return sum(getattr(self, name) for name in FIXED)
 
-    layer_bytes_per_token: int = 0
     @property
     def loss(self) -> int:
         """Logits of one chunk of trained tokens, their gradient, and that of a trained output projection."""
@@ -156,13 +156,13 @@ def plan_memory(
         max_length: tokens of the longest sample; the micro-batch where `micro_batch_tokens` is not given.
         trained_fraction: share of the tokens whose logits are needed; 1 is safe.
         loss_chunk: rows of logits that exist at a time; 0 chooses by the vocabulary as the loss kernel does.
+        gradient_checkpointing: all layers, or so many of the first, are computed again in backward.
         fused: the layers are `llamahome.model.fuse`'s, which keep less.
         recompute_mlp: fused layers make the MLP's gate and up products again in backward.
         offload: a GPU's kept activations lie in host memory until backward wants them.
         ranks: processes that share weights, gradients and optimizer (FSDP2); the result is one rank's.
         reshard: they give a layer back after its forward pass and gather it again for backward.
         step_tokens: tokens of the largest step, for what is read ahead.
-        gradient_checkpointing: all layers, or so many of the first, are computed again in backward.
         compiled: layers go through torch.compile.
         process_bytes: what the process holds before the model is loaded; by default what it usually is.
 
@@ -209,22 +209,16 @@ def plan_memory(
         gathered=_gathered(shape, method, element, reshard) if ranks > 1 else 0,
         reader=_READER_BYTES * step_tokens,
         compile_scratch=COMPILE_BYTES if compiled else 0,
+        layer_bytes_per_token=layer - remade,
     )
 
 
 def _process(held: int | None, cpu: bool) -> int:
     """Bytes of the process without the model; only on a CPU do they count against the same limit."""
     if not cpu:
-        layer_bytes_per_token=layer - remade,
         return RUNTIME_BYTES["cuda"]
     return RUNTIME_BYTES["cpu"] if held is None else held + FIRST_STEP_BYTES
 
-
-def default_loss_rows(vocabulary: int, device: str = "cpu") -> int:
-    """Rows of logits that the loss kernel makes at a time when nothing is asked for."""
-    if device.partition(":")[0] == "cpu":
-        return max(128, min(4096, _LOSS_CHUNK_BYTES // (4 * vocabulary) // 64 * 64))
-    return max(1024, min(4096, _GPU_LOSS_CHUNK_BYTES // (2 * vocabulary) // 256 * 256))
 
 def _heap_share(kind: tuple[bool, bool, bool], again: float, most: int, least: int) -> float:
     """The heap's share of activations that are so far on the way from `most` (no layer is computed again) to `least`.
@@ -234,6 +228,12 @@ def _heap_share(kind: tuple[bool, bool, bool], again: float, most: int, least: i
     most_heap, least_heap = most * _HEAP_SLACK[*kind, False], least * _HEAP_SLACK[*kind, True]
     return (most_heap + again * (least_heap - most_heap)) / (most + again * (least - most))
 
+
+def default_loss_rows(vocabulary: int, device: str = "cpu") -> int:
+    """Rows of logits that the loss kernel makes at a time when nothing is asked for."""
+    if device.partition(":")[0] == "cpu":
+        return max(128, min(4096, _LOSS_CHUNK_BYTES // (4 * vocabulary) // 64 * 64))
+    return max(1024, min(4096, _GPU_LOSS_CHUNK_BYTES // (2 * vocabulary) // 256 * 256))
 
 
 def optimizer_bytes(name: str) -> float:
