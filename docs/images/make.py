@@ -115,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--only", nargs="*", help="Pictures to make.")
+    parser.add_argument("--threads", default="auto", help="Of the runs; 1 where other programs keep the cores busy.")
     arguments = parser.parse_args()
     asked = set(arguments.only or ("doctor", "plan", "train", "watch", "report"))
     with tempfile.TemporaryDirectory() as name:
@@ -122,22 +123,24 @@ def main() -> None:
         (folder / arguments.data.name).symlink_to(arguments.data.resolve())
         terminal = Terminal(folder)
         try:
-            pictures(terminal, shlex.quote(arguments.data.name), asked, folder)
+            pictures(terminal, arguments.data.name, asked, folder, arguments.threads)
         finally:
             terminal.close()
 
 
-def pictures(terminal: Terminal, data: str, asked: set[str], folder: Path) -> None:
+def pictures(terminal: Terminal, data: str, asked: set[str], folder: Path, threads: str) -> None:
     """Each picture whose name is in `asked`; a prompt at the end of the screen says that a command is over."""
     over = r"^\$ \S[\s\S]*^\$ ?$"
     if "doctor" in asked:
         draw_screen(terminal.type("llamahome doctor", over), "doctor", folder)
     if "plan" in asked:
-        terminal.type(f"llamahome plan {data} --gpu-memory 24GB", over)  # the second time nothing is tokenised
-        draw_screen(terminal.type(f"llamahome plan {data} --gpu-memory 24GB", over), "plan", folder)
+        plan = shlex.join(["llamahome", "plan", data, "--gpu-memory", "24GB"])
+        terminal.type(plan, over)  # the second time nothing is tokenised
+        draw_screen(terminal.type(plan, over), "plan", folder)
     if not asked & {"train", "watch", "report"}:
         return
-    train = shlex.join(["llamahome", "train", data, "--output", "output/first", *RUN])
+    settings = RUN if threads == "auto" else [*RUN, "--set", f"processing.threads={threads}"]
+    train = shlex.join(["llamahome", "train", data, "--output", "output/first", *settings])
     screen = terminal.type(f"{train} --set training.memory_limit=2GB", r"step 12/16")
     if "train" in asked:
         draw_screen(screen, "train", folder)
@@ -145,7 +148,7 @@ def pictures(terminal: Terminal, data: str, asked: set[str], folder: Path) -> No
     if "watch" in asked:
         draw_screen(terminal.type("llamahome watch output/first", r"^done at step"), "watch", folder)
     if "report" in asked:
-        second = shlex.join(["llamahome", "train", data, "--output", "output/second", *RUN])
+        second = shlex.join(["llamahome", "train", data, "--output", "output/second", *settings])
         terminal.type(f"{second} --set lora.rank=4", r"talk to it")
         one = folder / "output" / "first"
         terminal.type("llamahome report output/first output/second --output both.html", over)
