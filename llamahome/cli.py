@@ -68,7 +68,7 @@ def train(
         hooks: dict[str, Any] = {}
         if config.data.path is None:
             if nproc:
-                raise click.UsageError("--nproc needs DATA")
+                raise click.UsageError("--nproc needs DATA: the built-in examples are trained by one process")
             from llamahome.training.demo import demo_config, talk
 
             config = demo_config(config, given["overrides"], own_settings=given["config_file"] is not None)

@@ -153,7 +153,8 @@ def merge_adapter(
             without = _logits(model, probes)
     base = source_of(model)
     if form == "torchao" and record_of(model) is None:
-        raise ModelError("not trained by qat", where=str(adapter.absolute()), fix="choose another format")
+        raise ModelError("torchao's layers are for what training.method: qat trained", where=str(adapter.absolute()),
+                         fix="choose another --format")  # fmt: skip
     target = _stored_dtype(model) if dtype is None else getattr(torch, _DTYPES[dtype])
     if any(quantized_layers(model)):  # PEFT would merge into 4 bits again
         del model
