@@ -46,7 +46,13 @@ from llamahome.training.budget import build_governor
 from llamahome.training.checkpoint import TrainingState
 from llamahome.training.choices import choices
 from llamahome.training.extensions import NOTHING, Extensions
-from llamahome.training.host import keep_freed_memory, pages_and_nodes, set_threads, use_compile_cache
+from llamahome.training.host import (
+    give_freed_memory_back,
+    keep_freed_memory,
+    pages_and_nodes,
+    set_threads,
+    use_compile_cache,
+)
 from llamahome.training.loop import TrainingLoop
 from llamahome.training.objective import Objective, build_objective, flat_row
 from llamahome.training.optim import build_optimizer, build_scheduler
@@ -112,6 +118,8 @@ def assemble(
             config, architecture, prepared.train, state, precision, device, folder.path, parts
         ),
     )  # fmt: skip
+    if team.in_lockstep and device.type == "cpu":
+        allocator = give_freed_memory_back()
     plan = governor.plan
     model, objective, fused = _build_model(config, source, architecture, device, precision, plan, team, own)
     batches = build_batches(config, prepared, state.samples_per_step, objective, team)
