@@ -56,7 +56,7 @@ def give_freed_memory_back() -> str:
     """Undo `keep_freed_memory`, and let all threads share one heap; says what was set.
 
     For a rank of FSDP2 on a CPU, where memory is what is short: whole layers come and go, and threads of gloo and of
-    backward would each keep a heap of them. Two ranks of SmolLM2-135M with LoRA held a quarter more than planned.
+    backward would each keep a heap of them. Two ranks of SmolLM2-135M with LoRA held a third more than planned.
     """
     if not sys.platform.startswith("linux"):
         return "the system's"
