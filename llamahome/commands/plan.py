@@ -56,6 +56,8 @@ def plan(
         raise click.UsageError("name DATA or --tokens")
     if gpus and not gpu_memory:
         raise click.UsageError("--gpus needs --gpu-memory, such as 24GB")
+    if confirm and (gpus or 1) > 1:
+        raise click.UsageError("--confirm runs the code of one process; leave out --gpus")
     config = load_config(given, base_model(model))
     architecture = _architecture(config)
     machine, precision = _machine(config, gpu_memory, gpus or 1)

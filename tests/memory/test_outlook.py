@@ -160,6 +160,12 @@ class TestCommand:
         assert facts["seconds"] > 0
         assert "measured here" in facts["speed"]
 
-    @pytest.mark.parametrize("words", [[], ["data.jsonl", "--tokens", "5"], ["--tokens", "5", "--gpus", "2"]])
+    @pytest.mark.parametrize(
+        "words",
+        [
+            [], ["data.jsonl", "--tokens", "5"], ["--tokens", "5", "--gpus", "2"],
+            ["--tokens", "5", "--gpus", "2", "--gpu-memory", "24GB", "--confirm"],
+        ],
+    )  # fmt: skip
     def test_unclear_words_are_code_2(self, words: list[str]) -> None:
         assert CliRunner().invoke(cli, ["plan", *words]).exit_code == 2
