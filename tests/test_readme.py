@@ -63,11 +63,12 @@ def test_commands_parse(arguments: list[str]) -> None:
     settings = [value for option, value in pairwise(arguments) if option == "--set"]
     Config.load(overrides=settings)
     command: click.Command = cli
+    above = click.Context(cli, **cli.context_settings)
     while isinstance(command, click.Group) and arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
         assert name in command.commands
         command = command.commands[name]
-    _, left_over, _ = command.make_parser(click.Context(command)).parse_args(list(arguments))
+    _, left_over, _ = command.make_parser(click.Context(command, parent=above)).parse_args(list(arguments))
     assert left_over == []
 
 

@@ -39,7 +39,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 def parse(words: list[str]) -> None:
     """Let click parse `words`, down to the command's own arguments, and check what `--set` sets."""
     command: click.Command = cli
-    context, rest = click.Context(cli, info_name="llamahome"), words
+    context, rest = click.Context(cli, info_name="llamahome", **cli.context_settings), words
     while isinstance(command, click.Group):
         while rest and rest[0].startswith("-"):
             rest = rest[1:]
