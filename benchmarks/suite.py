@@ -5,7 +5,8 @@
 
 `<part>_speed` is the reference's processor time by ours on one thread (median of pairs taken in turn), `<part>_memory`
 our peak of live tensor bytes by the reference's. The reader's ratios come from `reader.py`. A budget is a bound on a
-ratio: `min` or `max`. With --check a ratio beyond its bound is one line on stderr, and the exit code is 1.
+ratio: `min` or `max`; under `avx512_bf16` are those of processors with these instructions. With --check a ratio beyond
+its bound is one line on stderr, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from suite_cases import CASES, Sides
 
+from llamahome import _C
 from llamahome.memory.tracer import PeakTracker
 
 # One thread, and its processor time: other load on the machine then counts for little.
@@ -77,6 +79,15 @@ def reader() -> dict[str, float]:
     return {f"reader_{key}": figures[key] for key in READER_KEYS}
 
 
+def bounds_here(budgets: dict[str, Any], avx512_bf16: bool) -> dict[str, dict[str, float]]:
+    """The bounds of this processor."""
+    found = {}
+    for name, bounds in budgets.items():
+        common = {side: bound for side, bound in bounds.items() if side != "avx512_bf16"}
+        found[name] = common | (bounds.get("avx512_bf16", {}) if avx512_bf16 else {})
+    return found
+
+
 def beyond(ratios: dict[str, float], budgets: dict[str, dict[str, float]]) -> list[str]:
     """One line per ratio out of its bounds, and per budget of which there is no ratio."""
     faults = []
@@ -103,7 +114,7 @@ def main() -> int:
     ratios = measure([name for name in chosen if name in CASES], 5 if args.quick else 15)
     if "reader" in chosen:
         ratios |= reader()
-    budgets = json.loads(args.budgets.read_text("utf-8"))
+    budgets = bounds_here(json.loads(args.budgets.read_text("utf-8")), _C.has_bf16_attention())
     if args.only:
         budgets = {name: bounds for name, bounds in budgets.items() if name.startswith(tuple(args.only))}
     if not args.json:

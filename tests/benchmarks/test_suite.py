@@ -31,10 +31,17 @@ def test_a_ratio_beyond_its_bound_is_one_line(suite):
 
 
 def test_every_ratio_has_a_budget(suite):
-    budgets = json.loads((HERE / "budgets.json").read_text("utf-8"))
+    budgets = suite.bounds_here(json.loads((HERE / "budgets.json").read_text("utf-8")), avx512_bf16=False)
     measured = {f"{name}_{kind}" for name in suite.CASES for kind in ("speed", "memory")}
     assert set(budgets) == measured | {f"reader_{key}" for key in suite.READER_KEYS}
     assert all(set(bounds) <= {"min", "max"} and bounds for bounds in budgets.values())
+
+
+def test_a_processor_with_more_instructions_has_bounds_of_its_own(suite):
+    budgets = {"attention_speed": {"min": 2.0, "avx512_bf16": {"min": 6.0}}, "loss_speed": {"min": 1.2}}
+    plain = {"attention_speed": {"min": 2.0}, "loss_speed": {"min": 1.2}}
+    assert suite.bounds_here(budgets, avx512_bf16=False) == plain
+    assert suite.bounds_here(budgets, avx512_bf16=True) == plain | {"attention_speed": {"min": 6.0}}
 
 
 def test_speed_is_the_references_time_by_ours(suite):
