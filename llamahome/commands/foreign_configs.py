@@ -18,6 +18,17 @@ Rule = str | Callable[[Any], Settings | str]
 
 OWN = "the engine does it by itself"
 _OPTIMIZERS = MappingProxyType({"adamw": "adamw", "adam": "adamw", "sgd": "sgd", "adafactor": "adafactor"})
+# By their names in the Trainer, in Axolotl and as classes.
+_LOW_BIT = MappingProxyType(
+    {
+        **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw8bit"), "adamw_8bit"),
+        **dict.fromkeys(("paged_adamw", "paged_adamw_32bit", "pagedadamw", "pagedadamw32bit"), "paged_adamw"),
+        **dict.fromkeys(("paged_adamw_8bit", "pagedadamw8bit"), "paged_adamw_8bit"),
+        **dict.fromkeys(("adamw_torch_8bit", "ao_adamw_8bit"), "torchao_adamw_8bit"),
+        **dict.fromkeys(("adamw_torch_4bit", "ao_adamw_4bit"), "torchao_adamw_4bit"),
+        "ao_adamw_fp8": "torchao_adamw_fp8",
+    }
+)
 _SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 _ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
 
@@ -60,12 +71,15 @@ def _target(value: Any) -> Settings | str:
 
 
 def _optimizer(value: Any) -> Settings | str:
-    words = re.split(r"[_.]", str(value).lower())
+    name = str(value).lower()
+    if low_bit := _LOW_BIT.get(name.rpartition(".")[2]):
+        return {"optimization.optimizer": low_bit}
+    words = re.split(r"[_.]", name)
     known = next((_OPTIMIZERS[word] for word in words if word in _OPTIMIZERS), None)
     if known is None:
         return "choose optimization.optimizer, also your own as module:object"
     if any("8bit" in word or word == "4bit" for word in words):
-        return "states in few bits are not there; the default adamw keeps them whole"
+        return "choose optimization.optimizer: adamw_8bit and others have states in few bits"
     return {"optimization.optimizer": known}
 
 

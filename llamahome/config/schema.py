@@ -146,7 +146,13 @@ class OptimizationSettings(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         default=1.0, description="Gradients are scaled down to this norm; null turns clipping off."
     )
-    optimizer: Literal["adamw", "sgd", "adafactor"] | Optimizer = Field(default="adamw", description="The optimizer.")
+    optimizer: (
+        Literal[
+            "adamw", "sgd", "adafactor", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "torchao_adamw_8bit",
+            "torchao_adamw_4bit", "torchao_adamw_fp8",
+        ]
+        | Optimizer
+    ) = Field(default="adamw", description="The optimizer.")  # fmt: skip
     betas: Betas = Field(default=(0.9, 0.999), description="AdamW's decay rates of the two moments.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's term in the denominator.")
     on_nonfinite: Literal["stop", "skip", "rewind"] = Field(

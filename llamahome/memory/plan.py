@@ -42,7 +42,13 @@ _GPU_SLACK = 0.05  # of the caching allocator; not measured here
 _LOSS_CHUNK_BYTES, _GPU_LOSS_CHUNK_BYTES = 64 * MIB, 512 * MIB
 _READER_BYTES = 3 * 24  # three rows of int64 per token, for this step and two read ahead
 # Of state per trained weight: two moments in fp32; SGD's momentum; Adafactor keeps sums of rows and columns only.
-_OPTIMIZER_BYTES = {"adamw": 8.0, "sgd": 4.0, "adafactor": 0.0}
+_OPTIMIZER_BYTES = {
+    "adamw": 8.0,
+    "sgd": 4.0,
+    "adafactor": 0.0,
+    "torchao_adamw_4bit": 1.0625,
+    "torchao_adamw_fp8": 2.03125,
+}
 _EIGHT_BITS = 2 * (1 + 4 / 256)  # bitsandbytes: both moments in a byte, with a scale in fp32 for each 256
 COMPILE_BYTES = 256 * MIB  # graphs and generated code of one decoder layer's two passes; an estimate
 FIXED = ("weights", "adapters", "gradients", "optimizer", "overhead", "gathered", "reader", "compile_scratch")

@@ -10,6 +10,7 @@ import json
 import logging
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import nn
 
 from llamahome.errors import CheckpointError
 from llamahome.files import publish_folder, remove_folder, sha256, storage_errors, write_json
+from llamahome.training.low_bit import make_state, put_together, take_apart
 
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
@@ -265,10 +267,19 @@ def pack_optimizer(
     for name, parameter in _trained(model):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{name}|{key}"] = value.detach().contiguous()
+                tensors |= {f"{name}|{part}": tensor for part, tensor in take_apart(key, value.detach()).items()}
             else:
                 plain[f"{name}|{key}"] = value
-    return tensors, plain
+    return _each_alone(tensors), plain
+
+
+def _each_alone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous, and copied where some share memory, as tables of 8-bit optimizers do: safetensors refuses that."""
+    users = Counter(tensor.data_ptr() for tensor in tensors.values())
+    return {
+        name: tensor.clone() if users[tensor.data_ptr()] > 1 else tensor.contiguous()
+        for name, tensor in tensors.items()
+    }
 
 
 def unpack_optimizer(
@@ -276,6 +287,7 @@ def unpack_optimizer(
 ) -> None:
     """Put back what `pack_optimizer` gave. Raises: CheckpointError on names or shapes that do not fit."""
     parameters = dict(_trained(model))
+    make_state(optimizer)
     for full_name, value in {**tensors, **plain}.items():
         name, _, key = full_name.rpartition("|")
         parameter = parameters.get(name)
@@ -287,7 +299,18 @@ def unpack_optimizer(
         # A fused optimizer counts its steps on the parameter's device.
         if isinstance(value, torch.Tensor) and (value.dim() or optimizer.defaults.get("fused")):
             value = value.to(parameter.device)
-        optimizer.state[parameter][key] = value
+        _set_state(optimizer.state[parameter], key, value)
+    for parameter in parameters.values():
+        put_together(optimizer, parameter)
+
+
+def _set_state(state: dict[str, Any], key: str, value: Any) -> None:
+    """Into the tensor that is there, which may be a paged one, or as a new one."""
+    known = state.get(key)
+    if isinstance(value, torch.Tensor) and isinstance(known, torch.Tensor):
+        known.copy_(value)
+    else:
+        state[key] = value
 
 
 def group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -301,8 +324,12 @@ def group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def _fits(optimizer: torch.optim.Optimizer, key: str, value: Any, parameter: torch.Tensor) -> bool:
-    """Whether a state has the shape that torch's optimizers give it; what others keep is theirs to know."""
-    if not isinstance(value, torch.Tensor) or not type(optimizer).__module__.startswith("torch."):
+    """Whether a state has the shape of the one there, or that torch and torchao give it; others know their own."""
+    known = optimizer.state.get(parameter, {}).get(key)
+    if isinstance(value, torch.Tensor) and isinstance(known, torch.Tensor):
+        return value.shape == known.shape
+    package = type(optimizer).__module__.partition(".")[0]
+    if not isinstance(value, torch.Tensor) or package not in {"torch", "torchao"} or "." in key:
         return True
     shape = parameter.shape
     if key == "step":

@@ -106,7 +106,7 @@ class TrainingLoop:
             self.scaler.unscale_(self.optimizer)
         norm = float(clip_gradients(self._parameters, self.max_grad_norm))
         loss = float(gradient.loss)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])  # torchao's is a tensor
         fault = self.faults.of(loss, norm, self.state)
         # fp16: a gradient beyond its range is the scaler's to skip, as long as it does not go on.
         overflow = self.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)

@@ -1,9 +1,10 @@
-"""Optimizer and learning-rate schedule: torch's own, chosen by name or import path."""
+"""Optimizer and learning-rate schedule, chosen by name or import path."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from llamahome.config import OptimizationSettings
 from llamahome.errors import ConfigError
 from llamahome.plugins import load_object, name_of
 from llamahome.training.callbacks import own_code
+from llamahome.training.low_bit import LOW_BIT, build_low_bit
 
 
 class Schedule(Protocol):
@@ -65,6 +67,7 @@ OPTIMIZERS: dict[str, Callable[[Groups, OptimizationSettings], torch.optim.Optim
     ),
     "sgd": lambda groups, s: torch.optim.SGD(groups, lr=s.learning_rate, momentum=s.betas[0]),
     "adafactor": lambda groups, s: torch.optim.Adafactor(groups, lr=s.learning_rate),
+    **{name: partial(build_low_bit, chosen) for name, chosen in LOW_BIT.items()},
 }
 
 

@@ -54,6 +54,7 @@ from llamahome.training.host import (
     use_compile_cache,
 )
 from llamahome.training.loop import TrainingLoop
+from llamahome.training.low_bit import require_optimizer
 from llamahome.training.objective import Objective, build_objective, flat_row
 from llamahome.training.optim import build_optimizer, build_scheduler
 from llamahome.training.parallel import form_team, per_rank, share_out, stored_dtype
@@ -93,6 +94,7 @@ def assemble(
     check_best_metric(config, metrics)
     data = _named_data(config, own)
     device = resolve_device(config) if ranks.device == "cpu" else torch.device("cuda", ranks.local_rank)
+    require_optimizer(own.optimizer or config.optimization.optimizer, device)
     source = resolve_model(None, config.model, config.cache.dir)
     check_model_folder(source.folder, trust_remote_code=source.trust_remote_code, allow_pickle=source.allow_pickle)
     tokenizer = load_tokenizer(source)
@@ -127,12 +129,7 @@ def assemble(
         objective.causal, config.processing.compile_mode, tokens=_tokens_to_train(prepared, state),
         trial=lambda tokens: _try_once(objective, precision, tokens),
     )  # fmt: skip
-    state.choices = {
-        "processing.precision": precision.name,
-        "processing.compile_mode": mode,
-        "processing.gradient_checkpointing": "mlp" if plan.recompute_mlp else plan.gradient_checkpointing,
-        "processing.loss_chunk": plan.loss_rows,
-    }
+    state.choices = _chosen(precision, mode, plan)
     trained = sum(parameter.numel() for _, parameter in trainable_parameters(model))
     optimizer = build_optimizer(model, config.optimization, own.optimizer)
     resources = ResourceMonitor(
@@ -178,6 +175,16 @@ def _build_model(
         build_objective(model, own.loss or config.training.loss, chunk_rows=plan.loss_rows, enter=enter),
         fused,
     )
+
+
+def _chosen(precision: Precision, mode: str, plan: MemoryPlan) -> dict[str, Any]:
+    """What stood for `auto`, by the setting's name; a resumed run keeps it."""
+    return {
+        "processing.precision": precision.name,
+        "processing.compile_mode": mode,
+        "processing.gradient_checkpointing": "mlp" if plan.recompute_mlp else plan.gradient_checkpointing,
+        "processing.loss_chunk": plan.loss_rows,
+    }
 
 
 def _facts(

@@ -17,12 +17,13 @@ def update_weights(step: Callable[[], object], optimizer: torch.optim.Optimizer)
     nothing of the step needs to be replayed; state of weights that had none is made anew. Raises: the error when a
     weight or its state has changed: then only a checkpoint is a place to go on from.
     """
-    known, versions = set(optimizer.state), _versions(optimizer)
+    known = set(optimizer.state)
+    before = _marks(optimizer, known)
     try:
         step()
         return
     except Exception as error:
-        if not is_oom(error) or any(tensor._version != version for tensor, version in versions):
+        if not is_oom(error) or _marks(optimizer, known) != before:
             raise
     for parameter in set(optimizer.state) - known:
         del optimizer.state[parameter]
@@ -30,8 +31,11 @@ def update_weights(step: Callable[[], object], optimizer: torch.optim.Optimizer)
     step()
 
 
-def _versions(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, int]]:
-    """Every weight and tensor of state with the number of its changes in place so far."""
+def _marks(optimizer: torch.optim.Optimizer, known: set[Tensor]) -> list[object]:
+    """What differs once a weight or the state of a `known` one has changed: counts of changes in place, plain values.
+
+    Kernels of bitsandbytes change weights without counting that; they count a weight's steps before.
+    """
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    return [(tensor, tensor._version) for tensor in (*weights, *state)]
+    state = [value for weight in weights if weight in known for value in optimizer.state[weight].values()]
+    return [value._version if isinstance(value, Tensor) else value for value in (*weights, *state)]

@@ -192,7 +192,7 @@ def test_what_shares_a_model_out_leads_to_the_setting_that_does(name: str) -> No
 
 def test_values_that_mean_something_else_are_not_carried_over() -> None:
     by_name = {program.name: program for program in KNOWN}
-    axolotl = translate(by_name["Axolotl"], {"optimizer": "adamw_bnb_8bit", "num_epochs": 1.5, "load_in_8bit": True,
+    axolotl = translate(by_name["Axolotl"], {"optimizer": "lion_8bit", "num_epochs": 1.5, "load_in_8bit": True,
                                              "val_set_size": 200, "lr_scheduler": "cosine_with_restarts"})  # fmt: skip
     assert set(axolotl.not_carried) == {"optimizer", "num_epochs", "load_in_8bit", "val_set_size", "lr_scheduler"}
     factory = translate(by_name["LLaMA-Factory"], {"stage": "dpo", "finetuning_type": "freeze"})
@@ -209,3 +209,15 @@ def test_other_files_and_existing_ones_are_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["import-config", str(source), "--output", str(output)])
     assert "there is a file already" in str(done.exception)
     assert output.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("adamw_bnb_8bit", "adamw_8bit"), ("bitsandbytes.optim.PagedAdamW8bit", "paged_adamw_8bit"),
+     ("paged_adamw_32bit", "paged_adamw"), ("ao_adamw_4bit", "torchao_adamw_4bit"), ("adamw_torch_fused", "adamw")],
+)  # fmt: skip
+def test_optimizers_with_small_states_keep_their_kind(theirs: str, ours: str) -> None:
+    (axolotl,) = (program for program in KNOWN if program.name == "Axolotl")
+    found = translate(axolotl, {"optimizer": theirs})
+    assert found.settings["optimization.optimizer"] == ours
+    assert "few bits" in translate(axolotl, {"optimizer": "adam_apex_8bit"}).not_carried["optimizer"]

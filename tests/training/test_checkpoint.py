@@ -298,7 +298,7 @@ def test_a_state_of_another_shape_or_parameter_is_refused(name):
         wrong += [(tensors | {key: torch.zeros(s)}, plain) for s in shapes if s != tuple(value.shape)]
     for given in wrong:
         with pytest.raises(CheckpointError, match="does not fit this model"):
-            unpack_optimizer(Plain(), trained(name, steps=0)[1], *given)
+            unpack_optimizer(*trained(name, steps=0), *given)
 
 
 class Own(torch.optim.SGD):

@@ -117,9 +117,16 @@ def test_how_many_layers_are_computed_again_changes_no_bit_and_is_kept_for_a_res
     assert state["choices"]["processing.gradient_checkpointing"] == 1
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_resumed_run_ends_with_the_same_bits(settings, method, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [
+        ("lora", "adamw"), ("full", "adamw"),
+        *(pytest.param("full", name, marks=pytest.mark.slow) for name in ("adamw_8bit", "torchao_adamw_4bit")),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_ends_with_the_same_bits(settings, method, optimizer, tmp_path, monkeypatch):
     settings = settings | {"training.method": method, "lora.dropout": 0.1 if method == "lora" else 0.0}
+    settings |= {"optimization.optimizer": optimizer}
     whole = run(settings).output
     stopped(settings, tmp_path / "other", tmp_path, monkeypatch)
     resumed = resume(tmp_path / "other", ["training.callbacks=[]"]).output
