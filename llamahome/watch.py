@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamahome.errors import UsageError
-from llamahome.files import process_runs
+from llamahome.files import process_runs, read_json
 
 if TYPE_CHECKING:
     from llamahome.monitor.progress import Progress
@@ -84,7 +84,7 @@ def watch(
 
 def is_running(folder: Path) -> bool:
     """Whether the run says that it runs and, where that can be seen from here, its process is alive."""
-    if _read(folder / "status.json").get("state") != "running":
+    if read_json(folder / "status.json").get("state") != "running":
         return False
     try:
         holder = _HOLDER.fullmatch((folder / ".lock").read_text().strip())
@@ -110,20 +110,12 @@ def _is_step(record: dict[str, Any]) -> bool:
 
 
 def _total_steps(folder: Path) -> int:
-    total = _read(folder / "run.json").get("total_steps")
+    total = read_json(folder / "run.json").get("total_steps")
     return total if isinstance(total, int) else 0
 
 
 def _ending(folder: Path) -> str:
-    status = _read(folder / "status.json")
+    status = read_json(folder / "status.json")
     if status.get("state") == "running":
         return f"the run's process is gone; go on with: llamahome train-resume {folder}"
     return f"{status.get('state')} at step {status.get('last_step')}: {status.get('message')}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

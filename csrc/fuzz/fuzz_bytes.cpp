@@ -21,15 +21,15 @@
 #include <vector>
 
 #include "../batch_reader.h"
-#include "../crc32c.h"
 #include "../packing.h"
 #include "../sample_order.h"
 #include "../token_writer.h"
+#include "mend.h"
 
 namespace {
 
 using namespace llamahome;
-using Bytes = std::vector<std::uint8_t>;
+using namespace llamahome::fuzz;
 
 enum Target : std::uint8_t { kFile, kMendedFile, kPacking, kOrder, kTargets };
 constexpr std::array<const char*, kTargets> kNames = {"file", "file with right checksums", "packing", "order"};
@@ -50,26 +50,6 @@ T take(std::span<const std::uint8_t>& data) {
   std::memcpy(&value, data.data(), size);
   data = data.subspan(size);
   return value;
-}
-
-template <typename T>
-void put(Bytes& file, std::size_t at, T value) {
-  if (at + sizeof value <= file.size()) std::memcpy(&file[at], &value, sizeof value);
-}
-
-void mend(Bytes& file) {
-  if (file.size() < kPage) return;
-  Header header;
-  std::memcpy(&header, file.data(), sizeof header);
-  const std::uint64_t table = header.checksums_at;
-  if (table >= kPage && table < file.size()) {
-    for (std::uint64_t block = 0; kPage * (block + 1) < table; ++block) {
-      const std::uint64_t begin = kPage * (block + 1), end = std::min(begin + kPage, table);
-      put(file, table + 4 * block, crc32c(&file[begin], end - begin));
-    }
-    put(file, offsetof(Header, checksums_crc), crc32c(&file[table], file.size() - table));
-  }
-  put(file, kPage - 4, crc32c(file.data(), kPage - 4));
 }
 
 void read_documents(const BatchReader& reader) {

@@ -19,14 +19,14 @@
 #include <vector>
 
 #include "../batch_reader.h"
-#include "../crc32c.h"
 #include "../packing.h"
 #include "../token_writer.h"
+#include "mend.h"
 
 namespace {
 
 using namespace llamahome;
-using Bytes = std::vector<std::uint8_t>;
+using namespace llamahome::fuzz;
 
 std::string scratch_path() {
   const char* folder = std::getenv("TMPDIR");
@@ -50,27 +50,6 @@ Bytes make_seed(std::mt19937_64& random) {
   Bytes bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   std::filesystem::remove(path);
   return bytes;
-}
-
-template <typename T>
-void put(Bytes& file, std::size_t at, T value) {
-  if (at + sizeof value <= file.size()) std::memcpy(&file[at], &value, sizeof value);
-}
-
-// Makes all checksums right, as far as the header leads to them.
-void mend(Bytes& file) {
-  if (file.size() < kPage) return;
-  Header header;
-  std::memcpy(&header, file.data(), sizeof header);
-  const std::uint64_t table = header.checksums_at;
-  if (table >= kPage && table < file.size()) {
-    for (std::uint64_t block = 0; kPage * (block + 1) < table; ++block) {
-      const std::uint64_t begin = kPage * (block + 1), end = std::min(begin + kPage, table);
-      put(file, table + 4 * block, crc32c(&file[begin], end - begin));
-    }
-    put(file, offsetof(Header, checksums_crc), crc32c(&file[table], file.size() - table));
-  }
-  put(file, kPage - 4, crc32c(file.data(), kPage - 4));
 }
 
 // Changes that a random flip would seldom make: whole words, of values at the edges.

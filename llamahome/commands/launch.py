@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 from llamahome.commands.options import print_error
 from llamahome.errors import DistributedError
-from llamahome.files import write_json
+from llamahome.files import read_json, write_json
 
 _DOCUMENTED = {2, 3, 4, 5, 6, 7, 9}
 _ENDS = ("done", "stopped", "failed")
@@ -61,7 +60,7 @@ def launch(words: Sequence[str], ranks: int, run: Path, *, restarts: int, timeou
 
 def _code(run: Path, began: float, codes: Mapping[int, int], stopped: int) -> int:
     """What status.json says if this run wrote it; else what the ranks' codes say, and status.json is put right."""
-    status = _status(run)
+    status = read_json(run / STATUS_FILE)
     ours = _written_at(status) >= int(began)
     if ours and status.get("state") in _ENDS:
         return int(status["code"])
@@ -94,7 +93,7 @@ def _forwarded(run: Path, number: signal.Signals) -> Iterator[None]:
     """Pass a signal on to rank 0 of the run while the block runs."""
 
     def forward(_number: int, _frame: FrameType | None) -> None:
-        status = _status(run)
+        status = read_json(run / STATUS_FILE)
         if status.get("state") == "running":
             os.kill(int(status["pid"]), number)
 
@@ -103,14 +102,6 @@ def _forwarded(run: Path, number: signal.Signals) -> Iterator[None]:
         yield
     finally:
         signal.signal(number, before)
-
-
-def _status(run: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((run / STATUS_FILE).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found
 
 
 def _written_at(status: Mapping[str, Any]) -> float:

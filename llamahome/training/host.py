@@ -42,13 +42,7 @@ def keep_freed_memory() -> str:
     page: backward of attention over 230 tokens took twice the time. `llamahome.memory.oom.free_memory` still returns
     all of it where memory is short.
     """
-    if not sys.platform.startswith("linux"):
-        return "the system's"
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # musl
-        return "the system's"
-    done = mallopt(_TRIM_THRESHOLD, _KEPT_BYTES) and mallopt(_MMAP_THRESHOLD, _KEPT_BYTES)
+    done = _set_malloc({_TRIM_THRESHOLD: _KEPT_BYTES, _MMAP_THRESHOLD: _KEPT_BYTES})
     return f"glibc, {_KEPT_BYTES >> 20} MiB kept" if done else "the system's"
 
 
@@ -58,14 +52,19 @@ def give_freed_memory_back() -> str:
     For a rank of FSDP2 on a CPU, where memory is what is short: whole layers come and go, and threads of gloo and of
     backward would each keep a heap of them. Two ranks of SmolLM2-135M with LoRA held a third more than planned.
     """
+    done = _set_malloc({_TRIM_THRESHOLD: _USUAL_BYTES, _MMAP_THRESHOLD: _USUAL_BYTES, _ARENA_MAX: 1})
+    return "glibc, one heap, nothing kept" if done else "the system's"
+
+
+def _set_malloc(values: dict[int, int]) -> bool:
+    """Whether glibc took all parameters; other C libraries have none."""
     if not sys.platform.startswith("linux"):
-        return "the system's"
+        return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # musl
-        return "the system's"
-    done = all(mallopt(name, _USUAL_BYTES) for name in (_TRIM_THRESHOLD, _MMAP_THRESHOLD)) and mallopt(_ARENA_MAX, 1)
-    return "glibc, one heap, nothing kept" if done else "the system's"
+        return False
+    return all(mallopt(name, value) for name, value in values.items())
 
 
 def pages_and_nodes(system: Path = Path("/sys")) -> dict[str, str | int | None]:

@@ -19,7 +19,7 @@ from llamahome.distributed.ranks import ALONE, Ranks, from_environment, is_peer_
 from llamahome.distributed.shard import build_mesh, shard_model
 from llamahome.distributed.watchdog import Watchdog
 from llamahome.errors import CheckpointError, ConfigError, DistributedError, LlamaHomeError
-from llamahome.files import remove_folder, write_json
+from llamahome.files import read_json, remove_folder, write_json
 from llamahome.memory.agree import keep_smaller_budget
 from llamahome.memory.governor import MemoryGovernor
 from llamahome.memory.oom import is_oom
@@ -137,7 +137,7 @@ def goes_on_from(path: Path, checkpoint: Path | None, ranks: Ranks) -> Path | No
     if checkpoint is not None:
         return path if begun and again else checkpoint
     # Where torchrun itself was started anew it counts from 0: then its name tells, which a user may give.
-    again = again or (begun and _status(path).get("state") != "done")
+    again = again or (begun and read_json(path / STATUS_FILE).get("state") != "done")
     return path if again and _clear_or_keep(path) else None
 
 
@@ -269,7 +269,8 @@ def explained(error: BaseException, place: Place, loop: TrainingLoop | None) -> 
     found = _first_failure(run, ranks) or _gone(place)
     cause = DistributedError(found or f"another rank went away: {_line(error)}",
                              fix="torchrun --max-restarts goes on from the newest checkpoint")  # fmt: skip
-    if not ranks.is_main and _status(run).get("state") == "running" and found and found.startswith("rank 0"):
+    blamed = not ranks.is_main and found is not None and found.startswith("rank 0")
+    if blamed and read_json(run / STATUS_FILE).get("state") == "running":
         _write_failure(run, str(cause))
     return cause.with_traceback(error.__traceback__)
 
@@ -302,21 +303,13 @@ def _attempt(ranks: Ranks) -> str:
 
 def _write_failure(run: Path, message: str) -> None:
     """status.json written by a rank other than the one that should, because that one is gone or hangs."""
-    before = _status(run)
+    before = read_json(run / STATUS_FILE)
     content = {
         "state": "failed", "code": DistributedError.exit_code, "message": message,
         "last_step": before.get("last_step", 0), "resumable": any(run.glob("checkpoint-*")),
         "pid": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
     write_json(run / STATUS_FILE, content)
-
-
-def _status(run: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((run / STATUS_FILE).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found
 
 
 def _line(error: BaseException) -> str:

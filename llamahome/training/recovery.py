@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from llamahome.errors import CheckpointError, LlamaHomeError
-from llamahome.files import remove_folder, storage_errors
+from llamahome.files import read_json, remove_folder, storage_errors
 from llamahome.memory.agree import keep_smaller_budget
 from llamahome.memory.cgroup import oom_kills
 from llamahome.monitor.sinks import METRICS_FILE, JsonlSink
@@ -103,11 +102,7 @@ def _has_checkpoint(run: Path) -> bool:
 
 def _clear(run: Path, pid: int) -> None:
     """Let `train` begin again in the folder of a run that left no checkpoint: its `best` would be in the way."""
-    try:
-        ours = json.loads((run / STATUS_FILE).read_bytes())["pid"] == pid
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if ours:
+    if read_json(run / STATUS_FILE).get("pid") == pid:
         with storage_errors(run):
             remove_folder(run / "best")
 
