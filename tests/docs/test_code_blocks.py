@@ -18,7 +18,10 @@ from llamahome.cli import cli
 from llamahome.config import Config
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "docs" / "index.md", ROOT / "docs" / "quickstart.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
+PAGES = [
+    *(ROOT / "docs" / f"{name}.md" for name in ("index", "quickstart", "quantization")),
+    *sorted((ROOT / "docs" / "how-to").glob("*.md")),
+]
 
 
 def blocks(page: Path, language: str) -> list[str]:
