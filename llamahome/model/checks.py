@@ -7,6 +7,7 @@ import json
 import re
 import struct
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from llamahome.errors import ModelError
@@ -19,6 +20,9 @@ _PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-.*\.safetensors|.*\.distcp|\.metadata")
 # Keys of config.json that say nothing about what the model computes.
 _VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+# What transformers 5 reads weights with that others have quantized; why it is not offered: docs/decisions.md.
+_BACKENDS = MappingProxyType({"awq": "gptqmodel", "gptq": "gptqmodel and optimum"})
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -49,15 +53,21 @@ def check_model_folder(folder: Path, *, trust_remote_code: bool, allow_pickle: b
     check_no_code(folder / "config.json", config, trust_remote_code)
     if "auto_map" not in config:
         _check_causal(folder / "config.json", config)
-    if method := (config.get("quantization_config") or {}).get("quant_method"):
-        raise ModelError(
-            f"the weights are quantized already ({method})", where=str(folder / "config.json"),
-            fix="name the unquantized model",
-        )  # fmt: skip
+    if config.get("quantization_config"):
+        _refuse_quantized(folder / "config.json", config["quantization_config"])
     for path in weight_files(folder, allow_pickle=allow_pickle):
         if path.suffix == ".safetensors":
             read_header(path)
     return config
+
+
+def _refuse_quantized(path: Path, settings: Any) -> None:
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    layers = _BACKENDS.get(str(method), "another library")
+    raise ModelError(
+        f"the weights are quantized already ({method}): they need layers of {layers}, which no method here trains on",
+        where=str(path), fix="name the unquantized model and set training.method: qlora, or name a GGUF file of it",
+    )  # fmt: skip
 
 
 def check_no_code(path: Path, content: dict[str, Any], trust_remote_code: bool) -> None:

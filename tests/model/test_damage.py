@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from llamahome.config import ModelSettings
 from llamahome.errors import LlamaHomeError, ModelError
+from llamahome.model.checks import check_model_folder
 from llamahome.model.load import load_model, load_tokenizer, resolve_model
 
 
@@ -91,7 +92,18 @@ DAMAGE = {
     "unknown model_type": (lambda f: edit(f, model_type="lamma"), "unknown model_type 'lamma'"),
     "an encoder": (lambda f: edit(f, model_type="t5", architectures=["T5EncoderModel"]), "no causal language model"),
     "a classifier": (lambda f: edit(f, architectures=["LlamaForSequenceClassification"]), "no causal language model"),
-    "quantized already": (lambda f: edit(f, quantization_config={"quant_method": "gptq"}), "quantized already (gptq)"),
+    "quantized by GPTQ": (
+        lambda f: edit(f, quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantized already (gptq): they need layers of gptqmodel and optimum, which no method here trains on",
+    ),
+    "quantized by AWQ": (
+        lambda f: edit(f, quantization_config={"quant_method": "awq", "bits": 4}),
+        "quantized already (awq): they need layers of gptqmodel, which no method here trains on",
+    ),
+    "quantized by others": (
+        lambda f: edit(f, quantization_config={"quant_method": "fp8"}),
+        "quantized already (fp8): they need layers of another library",
+    ),
     "wrong type in config": (lambda f: edit(f, hidden_size="wide"), "hidden_size"),
     "no weights": (lambda f: remove(f, "model.safetensors"), "no weights (model.safetensors)"),
     "weights of 0 bytes": (lambda f: truncate(f, 0), "ends before its header"),
@@ -160,6 +172,14 @@ def test_damage_is_one_line_and_code_4(folder: Path, name: str) -> None:
     assert str(folder) in message
     assert "\n" not in message
     assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("settings", [{"quant_method": "awq", "bits": 4, "version": "gemm"}, "int4"])
+def test_a_quantized_model_has_an_alternative_to_type(folder: Path, settings: Any) -> None:
+    edit(folder, quantization_config=settings)
+    with pytest.raises(ModelError, match="quantized already") as caught:
+        check_model_folder(folder, trust_remote_code=False, allow_pickle=False)
+    assert caught.value.fix == "name the unquantized model and set training.method: qlora, or name a GGUF file of it"
 
 
 class Payload:
