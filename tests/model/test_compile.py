@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from llamahome.config import Config
 from llamahome.kernels.lora import TRACED_BY_RUNNING
 from llamahome.model import compile as compile_module
-from llamahome.model.adapters import apply_adapter
+from llamahome.model.adapters import apply_adapter, enable_checkpointing
 from llamahome.model.compile import compile_layers, decoder_layers
 from llamahome.model.fuse import fuse
 from llamahome.model.load import load_model, resolve_model
@@ -36,11 +36,16 @@ def _loss_and_gradient(objective, samples):
 SAMPLES = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_layer_has_no_graph_break_and_new_lengths_compile_nothing(objective, fused):
+@pytest.mark.parametrize(
+    ("fused", "recomputed"),
+    [(False, 0), (True, 0), *[pytest.param(fused, 1, marks=pytest.mark.slow) for fused in (False, True)]],
+)
+def test_a_layer_has_no_graph_break_and_new_lengths_compile_nothing(objective, fused, recomputed):
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     expected = _loss_and_gradient(objective, SAMPLES)
+    if recomputed:
+        enable_checkpointing(objective.model, recomputed)
     if fused:
         fuse(objective.model)
         for function in TRACED_BY_RUNNING:
