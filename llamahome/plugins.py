@@ -47,6 +47,8 @@ def load_object(name: Any, *, key: str, known: Mapping[str, Any] | None = None) 
             return _resolve(name)
         if (point := installed(key).get(name)) is not None:
             return point.load()
+    except MemoryError:
+        raise
     except Exception as error:  # the user's module may raise anything
         raise ConfigError(
             f"cannot load {name!r}: {error}", where=key, fix="check the module's name and run it alone"

@@ -348,7 +348,7 @@ def _read_plugin(source: Source, plugin: Plugin) -> Rows:
                 if room < 0:
                     raise _plugin_error(plugin, "seems never to end", source.name, number)
                 yield row
-        except DataError:
+        except (DataError, MemoryError):
             raise
         except TimeLimit:
             late = f"gave no row for {PLUGIN_SECONDS:.0f} s"

@@ -29,6 +29,7 @@ from llamahome.data.layout import lays_contents_out
 from llamahome.data.schemas import Message, Sample
 from llamahome.data.watchdog import TimeLimit, Watchdog
 from llamahome.errors import ModelError
+from llamahome.memory.oom import is_oom
 
 Roles = tuple[str, ...]
 T = TypeVar("T")
@@ -216,6 +217,8 @@ class Template:
         except TimeLimit:
             raise self._error(f"runs for more than {RENDER_SECONDS:.0f} s", sample) from None
         except Exception as error:  # a template may fail in any way
+            if is_oom(error):
+                raise
             raise self._error(f"fails: {type(error).__name__}: {error}", sample) from error
 
     def _error(self, what: str, sample: Sample) -> ModelError:

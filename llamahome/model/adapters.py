@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamahome.errors import ConfigError, ModelError
+from llamahome.memory.oom import is_oom
 from llamahome.model.checks import Header, model_fingerprint, read_header, read_json, weight_files
 from llamahome.model.compile import decoder_layers
 from llamahome.model.fake_quant import Scheme, join_adapter, prepare, scheme_of
@@ -186,6 +187,8 @@ def attach_adapter(model: Any, folder: Path) -> PeftModel:
         with _seeded(0), quiet_transformers():
             adapted = PeftModel(model, LoraConfig.from_pretrained(folder))
     except Exception as error:  # PEFT has many types for a configuration that does not fit
+        if is_oom(error):
+            raise
         raise ModelError(f"does not fit the model: {error}", where=str(path), fix="name its base model") from error
     read_adapter(adapted, folder)
     return adapted.requires_grad_(False).eval()

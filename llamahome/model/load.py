@@ -69,6 +69,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
                 folder, trust_remote_code=source.trust_remote_code, local_files_only=True
             )
         except Exception as error:  # tokenizers raises plain Exception for a damaged file
+            if is_oom(error):
+                raise
             raise ModelError(f"damaged tokenizer: {error}", where=str(folder), fix="fetch it again") from error
     _check_vocabulary(tokenizer, config, folder)
     for key in ("is_local", "local_files_only"):  # how it was loaded here is not to be saved with it

@@ -212,7 +212,7 @@ def _named_sink(name: str, folder: Path, settings: Mapping[str, Any]) -> MetricS
     factory = load_object(name, key="monitor.sinks", known={"none": None, "tensorboard": None, **known})
     try:
         sink: MetricSink = factory(folder)
-    except MissingError:
+    except (MissingError, MemoryError):
         raise
     except Exception as error:  # the user's code may raise anything
         raise ConfigError(f"{name!r} failed: {type(error).__name__}: {error}", where="monitor.sinks",

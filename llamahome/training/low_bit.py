@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llamahome.config import OptimizationSettings
 from llamahome.errors import CheckpointError, MissingError
+from llamahome.memory.oom import is_oom
 from llamahome.model.quiet import quiet_transformers
 
 _EXTRAS = MappingProxyType({"bitsandbytes": "qlora", "torchao": "qat"})
@@ -68,6 +69,8 @@ def require_optimizer(name: object, device: torch.device) -> None:
     try:
         build_low_bit(chosen, [{"params": [weight]}], OptimizationSettings()).step()
     except Exception as error:  # a library that was built for other hardware may raise anything
+        if is_oom(error):
+            raise
         raise MissingError(f"{name} does not run on this {device.type}: {error}", where=_WHERE,
                            fix=f"use {chosen.instead}") from error  # fmt: skip
 

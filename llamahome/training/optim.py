@@ -12,6 +12,7 @@ from torch import nn
 
 from llamahome.config import OptimizationSettings
 from llamahome.errors import ConfigError
+from llamahome.memory.oom import is_oom
 from llamahome.plugins import load_object, name_of
 from llamahome.training.callbacks import own_code
 from llamahome.training.low_bit import LOW_BIT, build_low_bit
@@ -94,6 +95,8 @@ def build_optimizer(
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"it gave {type(optimizer).__name__}, not a torch.optim.Optimizer")
     except Exception as error:  # the user's own code may raise anything
+        if is_oom(error):
+            raise
         raise ConfigError(
             f"{name} cannot be built: {error}", where="optimization.optimizer",
             fix="name a function of the parameter groups and the optimization settings",

@@ -7,6 +7,8 @@ import gc
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -200,3 +202,56 @@ def test_what_is_atomic_runs_twice_and_no_more() -> None:
     with pytest.raises(OSError, match="No space"):
         twice(work)
     assert left == [None]
+
+
+def _no_memory(*_: object, **__: object) -> None:
+    raise MemoryError
+
+
+def _adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft
+
+    from llamahome.model.adapters import attach_adapter
+
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    monkeypatch.setattr(peft.LoraConfig, "from_pretrained", _no_memory)
+    attach_adapter(None, folder)
+
+
+def _tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    from llamahome.model import load, source
+
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", _no_memory)
+    load.load_tokenizer(source.ModelSource("a model", folder, str(folder)))
+
+
+def _optimizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from llamahome.config import OptimizationSettings
+    from llamahome.training.optim import build_optimizer
+
+    monkeypatch.setattr(torch.optim, "AdamW", _no_memory)
+    build_optimizer(torch.nn.Linear(2, 2), OptimizationSettings())
+
+
+def _small_optimizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from llamahome.training import low_bit
+
+    monkeypatch.setattr(low_bit, "build_low_bit", _no_memory)
+    low_bit.require_optimizer("torchao_adamw_8bit", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("load", [_adapter, _tokenizer, _optimizer, _small_optimizer])
+def test_a_lack_of_memory_is_not_blamed_on_what_was_loaded(
+    load: Callable[[Path, pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is short of memory is tried again; a damaged file is not."""
+    with pytest.raises(MemoryError):
+        load(tmp_path, monkeypatch)
