@@ -21,6 +21,7 @@ import pytest
 
 from llamahome import __version__
 from llamahome.cli import cli, main
+from llamahome.model.export import TOLERANCES
 from llamahome.training.checkpoint import checkpoints
 
 Answer = tuple[int, str, list[str]]
@@ -181,6 +182,39 @@ def test_merge(run: Path, command: Any, tmp_path: Path) -> None:
     assert out.startswith("merged in float32: logits on ")
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert command("merge", run, "--output", tmp_path / "merged")[0] == 2
+
+
+def test_merge_writes_a_card_of_the_run(run: Path, command: Any, tmp_path: Path) -> None:
+    code, out, _ = command("merge", run, "--output", tmp_path / "merged", "--format", "gguf-q8_0")
+    assert code == 0
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {"model-q8_0.gguf", "merge.json", "README.md"}
+    card, facts = (tmp_path / "merged" / "README.md").read_text(), json.loads((run / "run.json").read_bytes())
+    assert out.strip() in card
+    assert f"| data_fingerprint | `{facts['data_fingerprint']}` |" in card
+    assert "| lora.rank | `4` |" in card
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    loss = [line["loss"] for line in lines if "loss" in line][-1]
+    assert "| step | 6 |" in card
+    assert f"| loss | {loss} |" in card
+    assert str(run) not in card
+
+
+def test_merge_that_is_not_proved_leaves_nothing(
+    run: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TOLERANCES, "f16", 1e-9)
+    code, out, lines = command("merge", run, "--output", tmp_path / "merged", "--format", "gguf-f16")
+    assert (code, out, (tmp_path / "merged").exists()) == (4, "", False)
+    assert re.fullmatch(r"error: the merged model's logits differ by \S+, more than 1e-09; .*", lines[-1])
+
+
+def test_merge_refuses_what_does_not_fit_the_format(run: Path, command: Any, tmp_path: Path) -> None:
+    code, _, lines = command("merge", run, "--output", tmp_path / "merged", "--format", "gguf-f16", "--dtype", "bf16")
+    assert (code, lines[-1]) == (2, "error: the format gguf-f16 has its own numbers; --dtype; leave it out")
+    code, _, lines = command("merge", run, "--output", tmp_path / "merged", "--format", "torchao")
+    assert code == 4
+    assert lines[-1].startswith("error: torchao's layers are for what training.method: qat trained; ")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_cache(command: Any, tiny_model_dir: Path, tmp_path: Path, isolated_home: Path) -> None:

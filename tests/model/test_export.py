@@ -23,12 +23,14 @@ IDS = torch.arange(3, 35)[None]
 VARIANTS = {"lora": {}, "rslora": {"lora.use_rslora": True}, "dora": {"lora.use_dora": True}}
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return load_model(resolve_model(str(folder), ModelSettings()), dtype=dtype, device="cpu", attention="sdpa")
+def load(folder: Path, dtype: torch.dtype = torch.float32, nf4: bool = False) -> Any:
+    source = resolve_model(str(folder), ModelSettings())
+    return load_model(source, dtype=dtype, device="cpu", attention="sdpa", nf4=nf4)
 
 
 def trained(folder: Path, settings: dict[str, Any], noise: float = 0.05) -> Any:
-    model = apply_adapter(load(folder), Config.load(None, {"lora.rank": 4, **settings})).eval()
+    base = load(folder, nf4=settings.get("training.method") == "qlora")
+    model = apply_adapter(base, Config.load(None, {"lora.rank": 4, **settings})).eval()
     generator = torch.Generator().manual_seed(7)
     for _, parameter in trainable_parameters(model):
         parameter.data += noise * torch.randn(parameter.shape, generator=generator)
@@ -190,6 +192,25 @@ def test_a_merge_equals_the_adapter(
     assert written["relative_difference"] == report.relative_difference
     assert f"{report.relative_difference:.1e}" in str(report)
     assert not list((tmp_path / "merged").glob("adapter*"))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_merge_equals_the_adapter_on_a_base_in_4_bits(
+    tiny_model_dir: Path, tiny_tokenizer: Any, tmp_path: Path, variant: str, dtype: str
+) -> None:
+    """It is the unpacked base that the update is added to, not the one that was quantized."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    model = trained(tiny_model_dir, {"training.method": "qlora", **VARIANTS[variant]})
+    save_model(model, tiny_tokenizer, tmp_path / "adapter")
+    report = merge_adapter(tmp_path / "adapter", tmp_path / "merged", dtype=dtype)
+    assert report.relative_difference <= report.tolerance
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float()
+    found, wanted = plain(IDS).logits.detach(), model(IDS).logits.detach()
+    assert float((found - wanted).norm() / wanted.norm()) < 2 * report.tolerance
+    assert "quantization_config" not in (tmp_path / "merged" / "config.json").read_text()
 
 
 def test_a_merge_keeps_the_dtype_of_the_base(tiny_model_dir: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
