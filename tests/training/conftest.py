@@ -21,8 +21,10 @@ def make_model(tiny_model_dir):
     def make(dtype=torch.float32, attention="llamahome", **overrides):
         config = Config.load(None, {"model.name": str(tiny_model_dir), "lora.rank": 4, **overrides})
         source = resolve_model(config.model.name, config.model)
-        model = apply_adapter(load_model(source, dtype=dtype, device="cpu", attention=attention), config)
-        if config.training.method == "lora":
+        nf4 = config.training.method == "qlora"
+        base = load_model(source, dtype=dtype, device="cpu", attention=attention, nf4=nf4)
+        model = apply_adapter(base, config)
+        if not config.trains_base:
             # PEFT begins with B = 0, where A has no gradient at all.
             generator = torch.Generator().manual_seed(1)
             for name, parameter in model.named_parameters():

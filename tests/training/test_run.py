@@ -122,11 +122,14 @@ def test_how_many_layers_are_computed_again_changes_no_bit_and_is_kept_for_a_res
     [
         ("lora", "adamw"), ("full", "adamw"),
         *(pytest.param("full", name, marks=pytest.mark.slow) for name in ("adamw_8bit", "torchao_adamw_4bit")),
+        *(pytest.param(name, "adamw", marks=pytest.mark.slow) for name in ("qlora", "qat", "qat with LoRA")),
     ],
 )  # fmt: skip
 def test_a_resumed_run_ends_with_the_same_bits(settings, method, optimizer, tmp_path, monkeypatch):
-    settings = settings | {"training.method": method, "lora.dropout": 0.1 if method == "lora" else 0.0}
+    settings = settings | {"training.method": method.split()[0], "lora.dropout": 0.1 if method == "lora" else 0.0}
     settings |= {"optimization.optimizer": optimizer}
+    if method.startswith("qat"):  # rounding begins after the stop
+        settings |= {"qat.start_step": 9, "qat.lora": "LoRA" in method}
     whole = run(settings).output
     stopped(settings, tmp_path / "other", tmp_path, monkeypatch)
     resumed = resume(tmp_path / "other", ["training.callbacks=[]"]).output
