@@ -56,7 +56,8 @@ class JsonlSink:
         else:
             reason = "no space left"
         if written < len(line):
-            os.ftruncate(self._file, size)
+            if written:  # else nothing is to be cut, and a disk that has become read-only would refuse it
+                os.ftruncate(self._file, size)
             if not self._warned:
                 logger.warning("cannot write %s: %s; records are lost until there is space", self.path, reason)
                 self._warned = True

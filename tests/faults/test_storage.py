@@ -90,23 +90,52 @@ class TestAsRoot:
 
     @pytest.mark.slow
     def test_a_disk_that_fills_up(self, place: Any) -> None:
-        more = {"training__save_steps": 1, "training__keep_last": 99, "resource__min_free_disk": 0}
-        words = place.words("train", training__output="small/run", **more)
-        answer = self.in_a_mount(place, "size=1600k", "cp -a small kept", words)
-        assert answer.returncode == 6
-        last = answer.stderr.splitlines()[-1]
+        """Another program takes what the preflight found free."""
+        script = (
+            "mkdir small && mount -t tmpfs -o size=8m none small || exit 99; "
+            '"$@" & until [ -e step-5.reached ] || ! kill -0 $!; do sleep 0.05; done; '
+            "cat /dev/zero > small/filler; touch step-5.go; wait $!; code=$?; cp -a small/run run; exit $code"
+        )
+        words = place.words("train", training__output="small/run", resource__min_free_disk=0)
+        command = ["unshare", "-m", "sh", "-c", script, "sh"]
+        process = place.start(words, command, PAUSE_STEPS="5")
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 6, stderr
+        last = stderr.splitlines()[-1]
         assert last.startswith("error: cannot write: ")
         assert "No space left on device" in last
-        found = checkpoints(place.folder / "kept" / "run")
-        assert found
-        assert [fault_of(path) for path in found] == [None] * len(found)
+        assert [(path.name, fault_of(path)) for path in checkpoints(place.run)] == [("checkpoint-3", None)]
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(shutil.which("mkfs.ext4") is None, reason="needs ext4")
+    def test_a_disk_that_becomes_read_only(self, place: Any, undisturbed: Any) -> None:
+        """ext4 gives up as it does after an error of the disk: open files cannot be written either."""
+        whole = adapter(undisturbed(place))
+        script = (
+            "truncate -s 64M disk && mkfs.ext4 -q -F disk && mkdir small && "
+            "mount -o loop,errors=remount-ro disk small || exit 99; "
+            '"$@" & until [ -e step-5.reached ] || ! kill -0 $!; do sleep 0.05; done; '
+            "mount -o remount,abort small && ! touch small/new || exit 98; touch step-5.go; wait $!; code=$?; "
+            "umount small && mount -o loop disk small && cp -a small/run run || exit 97; exit $code"
+        )
+        words = place.words("train", training__output="small/run", resource__min_free_disk=0)
+        process = place.start(words, ["unshare", "-m", "sh", "-c", script, "sh"], PAUSE_STEPS="5")
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 6, stderr
+        errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert errors == stderr.splitlines()[-1:]
+        assert errors[0].startswith("error: cannot write: Read-only file system; ")
+        assert "Traceback" not in stderr
+        assert [(path.name, fault_of(path)) for path in checkpoints(place.run)] == [("checkpoint-3", None)]
+        place.resume("training.callbacks=[]", f"training.output={place.run}")
+        assert adapter(place.run) == whole
 
     @pytest.mark.slow
     def test_a_disk_too_small_to_begin_with(self, place: Any) -> None:
         words = place.words("train", training__output="small/run")
         answer = self.in_a_mount(place, "size=100m", "true", words)
         assert answer.returncode == 6
-        assert answer.stderr.splitlines()[-1].startswith("error: 0.10 GB free, ")
+        assert answer.stderr.splitlines()[-1].startswith("error: 105 MB free, ")
         assert "resource.min_free_disk; " in answer.stderr or "resource.min_free_disk)" in answer.stderr
 
     @pytest.mark.slow
