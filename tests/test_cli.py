@@ -192,7 +192,6 @@ def test_merge_writes_a_card_of_the_run(run: Path, command: Any, tmp_path: Path)
     assert out.strip() in card
     assert f"| data_fingerprint | `{facts['data_fingerprint']}` |" in card
     assert "| lora.rank | `4` |" in card
-    assert "| step | 6 |" in card
     assert re.search(r"^\| loss \| \d\.\d+ \|$", card, re.MULTILINE)
     assert str(run) not in card
 
@@ -200,9 +199,7 @@ def test_merge_writes_a_card_of_the_run(run: Path, command: Any, tmp_path: Path)
 def test_merge_without_proof_leaves_nothing(run: Path, command: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(TOLERANCES, "f16", 1e-9)
     words = ["merge", run, "--output", tmp_path / "merged", "--format", "gguf-f16"]
-    assert command(*words, "--dtype", "bf16")[2] == [
-        "error: the format gguf-f16 has its own numbers; --dtype; leave it out"
-    ]
+    assert command(*words, "--dtype", "bf16")[0] == 2
     code, out, lines = command(*words)
     assert (code, out, (tmp_path / "merged").exists()) == (4, "", False)
     assert re.fullmatch(r"error: the merged model's logits differ by \S+, more than 1e-09; .*", lines[-1])
