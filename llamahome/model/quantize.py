@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 NF4 = "nf4"
-_PART = 1 << 20  # weights that are quantised at once
+_PART = 1 << 17  # weights that are quantised at once, which takes some 37 bytes for each
 _TRIM = 1 << 24  # weights after which the heap gives back what was in use between them
 _DONTNEED = 4  # madvise(2)
 

@@ -21,6 +21,7 @@ from typing import IO, Any, Literal
 from llamahome.errors import CheckpointError, StorageError, UsageError
 from llamahome.files import is_leftover, remove_leftovers, storage_errors, write_json
 from llamahome.memory.agree import BUDGET_FILE
+from llamahome.memory.monitor import format_bytes
 from llamahome.monitor.report import REPORT_FILE
 from llamahome.monitor.sinks import METRICS_FILE
 
@@ -87,7 +88,7 @@ class RunFolder:
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise StorageError(
-                f"{free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed (two checkpoints, resource.min_free_disk)",
+                f"{format_bytes(free)} free, {format_bytes(needed)} needed (checkpoints, resource.min_free_disk)",
                 where=str(self.path), fix="free some space, choose another --output or lower resource.min_free_disk",
             )  # fmt: skip
 
