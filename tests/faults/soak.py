@@ -36,7 +36,7 @@ from llamahome.training.checkpoint import checkpoints, fault_of
 
 SAVE_EVERY = 50
 DISK_MIB = 48
-SETTLED_SECONDS = 20.0  # imports and the first steps; what memory grows afterwards is counted
+SETTLED_BYTES = 20_000  # of records in a life, some 50 steps; what memory grows afterwards is counted
 
 
 @dataclass
@@ -44,14 +44,15 @@ class Watched:
     """A life of the run: its process, and what it used."""
 
     process: subprocess.Popen[bytes]
-    began: float
+    metrics: Path
+    recorded_bytes: int
     settled_bytes: int = 0
     last_bytes: int = 0
 
     def sample(self) -> None:
         if rss := _status_kib(self.process.pid, "VmRSS"):
             self.last_bytes = 1024 * rss
-            if not self.settled_bytes and time.monotonic() - self.began > SETTLED_SECONDS:
+            if not self.settled_bytes and _size(self.metrics) > self.recorded_bytes + SETTLED_BYTES:
                 self.settled_bytes = self.last_bytes
 
     @property
@@ -90,7 +91,8 @@ class Soak:
             process = subprocess.Popen(
                 [sys.executable, "-m", "llamahome", *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-        self.life = Watched(process, time.monotonic())
+        metrics = self.run / "metrics.jsonl"
+        self.life = Watched(process, metrics, _size(metrics))
         return self.life
 
     def wait(self, seconds: float) -> int | None:
@@ -243,6 +245,10 @@ def _same(found: list[Any], expected: list[Any]) -> bool:
     """Equal figures of a step; an evaluation's cut is smaller after an out-of-memory, which is another rounding."""
     *exact, loss = expected
     return found[:-1] == exact and (found[-1] == loss or math.isclose(found[-1], loss, rel_tol=1e-6))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _status_kib(pid: int, name: str) -> int | None:
