@@ -142,6 +142,7 @@ class MemoryGovernor:
         self._wait = _WAIT
         if budget < before:
             self._release()
+            self.monitor.reset_peak()  # what was given back is no part of the next step's peak
         return {"event": "cut_changed", "from": before, "to": budget, "reason": reason}
 
     def _round(self, tokens: int) -> int:

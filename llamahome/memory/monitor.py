@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import sys
 from collections.abc import Iterator
@@ -82,7 +83,10 @@ class MemoryMonitor:
         limit = _data_limit()
         if limit is not None:
             total = min(total, limit)
-            available = min(available, max(0, limit - _bytes_of(status, b"\nVmData:")))
+            data, resident = _bytes_of(status, b"\nVmData:"), _bytes_of(status, b"\nRssAnon:")
+            # What the heap gave back to the system still counts as data, but the heap may take it again.
+            reusable = min(_heap_free_bytes(), max(0, data - resident))
+            available = min(available, max(0, limit - data) + reusable)
         return MemoryReading(used, peak, total, available)
 
     def _read_portable(self) -> MemoryReading:
@@ -152,6 +156,24 @@ def _bytes_of(text: bytes, name: bytes) -> int:
     """A value in kB of a /proc file, in bytes; 0 where the kernel does not give it."""
     start = text.find(name)
     return int(text[start + len(name) : text.index(b"kB", start)]) * 1024 if start >= 0 else 0
+
+
+class _Mallinfo2(ctypes.Structure):
+    """mallinfo2(3) of glibc from 2.33 on."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    )
+
+
+def _heap_free_bytes() -> int:
+    """Bytes of glibc's heaps that nothing uses, resident or not; 0 with another C library."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform.startswith("linux") else None
+    if mallinfo is None:
+        return 0
+    mallinfo.restype = _Mallinfo2
+    return int(mallinfo().fordblks)
 
 
 def _data_limit() -> int | None:

@@ -85,6 +85,21 @@ class TestReal:
         assert total == 700_000_000
         assert 500_000_000 < available < total
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_DATA as Linux counts it")
+    def test_the_heap_may_take_again_what_it_gave_back(self) -> None:
+        """After malloc_trim the pages still count as data; the room must not shrink by them."""
+        code = (
+            "import resource; resource.setrlimit(resource.RLIMIT_DATA, (700_000_000, -1));"
+            "from llamahome.memory.monitor import MemoryMonitor; from llamahome.memory.oom import _trim_heap;"
+            "m = MemoryMonitor(); room = lambda r: r.used_bytes + r.available_bytes; before = room(m.read());"
+            "held = [bytes(50_000) for _ in range(4000)]; keep = bytes(50_000); del held; _trim_heap()(0);"
+            "r = m.read(); data = int(open('/proc/self/status').read().split('VmData:')[1].split()[0]) * 1024;"
+            "print(data > r.used_bytes + 150_000_000, before - room(r))"
+        )
+        held, lost = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+        assert held == "True", "the heap was expected to keep its addresses"
+        assert int(lost) < 20_000_000
+
 
 class TestFakeSystem:
     def test_without_groups_the_host_counts(self, tmp_path: Path) -> None:
