@@ -28,8 +28,8 @@ train-resume: setup  ## Go on from CHECKPOINT=folder [ARGS=]
 train-eval: setup  ## Evaluate MODEL=folder on DATA=file [ARGS=]
 	@exec $(BIN)/llamahome train-eval $(if $(MODEL),"$(MODEL)") $(if $(DATA),"$(DATA)") $(ARGS)
 
-test: setup  ## Run the tests, but not the slow ones [ARGS=]
-	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+test: setup  ## Run the tests on every core, but not the slow ones [ARGS=]
+	@$(BIN)/python -m pytest -q -m "not slow" --numprocesses auto --dist worksteal $(ARGS)
 
 test-slow: setup  ## Run the slow tests: real model, several processes [ARGS=]
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)

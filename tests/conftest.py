@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TINY_VOCAB_SIZE = 512
+RELIABILITY = Path(__file__).parents[1] / "docs" / "reliability.md"
+COUNTED = ("kills", "failing calls", "corruptions")  # what tests record with record_property
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}"
@@ -101,3 +105,37 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Pre
         LlamaForCausalLM(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+def matrix() -> dict[int, set[str]]:
+    """Row of the fault matrix -> the tests that stand in it; a quoted name is a case of the wrong inputs."""
+    rows = {}
+    for number, cells in re.findall(r"^\| (\d+) \|(.*)\|$", RELIABILITY.read_text(), re.MULTILINE):
+        cases = (
+            f"tests/test_wrong_inputs.py::test_one_line_names_the_place[{name}]"
+            for name in re.findall(r'"(.+?)"', cells)
+        )
+        rows[int(number)] = {*re.findall(r"`(tests/[\w/.]+::[\w:]+)`", cells), *cases}
+    return rows
+
+
+@pytest.fixture(name="matrix", scope="session")
+def matrix_fixture() -> dict[int, set[str]]:
+    return matrix()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many faults of the matrix, kills and damages this run has tried.
+
+    Here and not beside them: of tests on several processes the first one, which reports, loads only this file.
+    """
+    named = set().union(*matrix().values())
+    reports = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    faults = sum(report.nodeid in named or report.nodeid.partition("[")[0] in named for report in reports)
+    counts: Counter[str] = Counter()
+    for report in reports:
+        for name, value in report.user_properties:
+            if name in COUNTED:
+                counts[name] += value
+    said = ", ".join(f"{counts[name]} {name}" for name in COUNTED)
+    terminalreporter.write_line(f"fault matrix: {faults} faults injected and survived; {said}")

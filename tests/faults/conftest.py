@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,6 @@ import pytest
 
 from llamahome.config import Config
 from llamahome.training.run import resume, train
-
-PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
-COUNTED = ("kills", "failing calls", "corruptions")  # what tests record with record_property
 
 MODULE = '''
 import os, signal, time
@@ -149,34 +144,3 @@ def place(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch)
     yield made
     made.end()
     sys.modules.pop("own", None)
-
-
-def matrix() -> dict[int, set[str]]:
-    """Row of the fault matrix -> the tests that stand in it; a quoted name is a case of the wrong inputs."""
-    rows = {}
-    for number, cells in re.findall(r"^\| (\d+) \|(.*)\|$", PAGE.read_text(), re.MULTILINE):
-        cases = (
-            f"tests/test_wrong_inputs.py::test_one_line_names_the_place[{name}]"
-            for name in re.findall(r'"(.+?)"', cells)
-        )
-        rows[int(number)] = {*re.findall(r"`(tests/[\w/.]+::[\w:]+)`", cells), *cases}
-    return rows
-
-
-@pytest.fixture(name="matrix", scope="session")
-def matrix_fixture() -> dict[int, set[str]]:
-    return matrix()
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say how many faults of the matrix, kills and damages this run has tried."""
-    named = set().union(*matrix().values())
-    reports = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
-    faults = sum(report.nodeid in named or report.nodeid.partition("[")[0] in named for report in reports)
-    counts: Counter[str] = Counter()
-    for report in reports:
-        for name, value in report.user_properties:
-            if name in COUNTED:
-                counts[name] += value
-    said = ", ".join(f"{counts[name]} {name}" for name in COUNTED)
-    terminalreporter.write_line(f"fault matrix: {faults} faults injected and survived; {said}")
