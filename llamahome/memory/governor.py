@@ -26,6 +26,7 @@ _RESERVE = 0.02  # share of the host's memory that is left to others under press
 _GROW = 1.1  # a budget grows only when so much more would fit
 _WAIT = 3  # observations between a change and a growth
 _WAIT_AFTER_OOM = 16  # doubled by each further one
+_OTHERS = 0.9  # with less of the limit free, an out-of-memory is blamed on other processes
 _WINDOW = 32  # observations that count
 STEP = 64  # budgets are multiples of it, so that noise does not change the cut
 
@@ -58,6 +59,7 @@ class MemoryGovernor:
         self._release = release
         self._seen: deque[tuple[int, int]] = deque(maxlen=_WINDOW)
         self._wait = self._out_of_memory = 0
+        self._failed: dict[int, int] = {}  # by limit: half of the tokens that were too many for it
         self._warned = False
         smallest = plan.at(self.smallest)
         # The tensors are counted exactly, the allocator's share is not.
@@ -87,6 +89,8 @@ class MemoryGovernor:
         if self.predict(self.token_budget) > room:
             reason = "others use memory" if room < self.limit_bytes else "peak above the limit"
             return self._change(min(fits, self.token_budget), reason)
+        # A second try at what failed costs more than it may gain: the heap it leaves behind is in pieces.
+        fits = min([fits, *(half for limit, half in self._failed.items() if limit >= self.limit_bytes)])
         if self._wait > 0:
             self._wait -= 1
         elif fits >= _GROW * self.token_budget or fits == self.largest > self.token_budget:
@@ -96,15 +100,19 @@ class MemoryGovernor:
     def on_oom(self, tokens: int) -> dict[str, Any]:
         """After an out-of-memory with `tokens` in the micro-batch: half as many; returns the event.
 
+        Where no other process was to blame, the budget does not grow past that half again under this limit.
+
         Raises: MemoryLimitError when the budget is the smallest already; it says what would fit.
         """
-        self._seen.append((tokens, int(1.05 * max(self.limit_bytes, self.predict(tokens)))))
+        self._seen.append((tokens, int(1.05 * max(self._room(), self.predict(tokens)))))
         self._wait = _WAIT_AFTER_OOM << min(self._out_of_memory, 8)
         self._out_of_memory += 1
         if self.token_budget <= self.smallest:
             raise self._too_small()
-        wait = self._wait
-        event = self._change(self._round(min(tokens, self.token_budget) // 2), "out of memory")
+        wait, half = self._wait, self._round(min(tokens, self.token_budget) // 2)
+        if self._room() >= _OTHERS * self.limit_bytes:
+            self._failed[self.limit_bytes] = half
+        event = self._change(half, "out of memory")
         self._wait = wait
         assert event is not None
         return event
@@ -121,12 +129,14 @@ class MemoryGovernor:
             "seen": [list(pair) for pair in self._seen],
             "wait": self._wait,
             "out_of_memory": self._out_of_memory,
+            "failed": list(self._failed.items()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; under a lower limit the budget may come out smaller."""
         self._seen = deque(((int(tokens), int(peak)) for tokens, peak in state["seen"]), maxlen=_WINDOW)
         self._wait, self._out_of_memory = int(state["wait"]), int(state["out_of_memory"])
+        self._failed = {int(limit): int(half) for limit, half in state.get("failed", [])}
         budget = max(self.smallest, min(self.largest, int(state["token_budget"])))
         fits = self.predict(budget) <= self.limit_bytes
         self.token_budget = budget if fits else min(budget, self._round(self._tokens_within(AIM * self.limit_bytes)))

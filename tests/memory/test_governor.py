@@ -157,9 +157,28 @@ def test_out_of_memory_halves_to_the_longest_sample_then_ends() -> None:
 def test_growth_waits_after_out_of_memory() -> None:
     machine = Machine()
     held = governor(8 * GB, machine)
-    held.on_oom(2048)
+    machine.others = HOST - 4 * GB
+    run(held, machine, 1)
+    half = held.on_oom(held.token_budget)["to"]
+    machine.others = 0
     assert run(held, machine, 16) == []
+    assert held.token_budget == half
+    run(held, machine, 10)
+    assert held.token_budget == 2048
+
+
+def test_what_failed_alone_is_not_tried_again_under_that_limit() -> None:
+    machine = Machine()
+    held = governor(8 * GB, machine)
+    held.on_oom(2048)
+    assert run(held, machine, 100) == []
     assert held.token_budget == 1024
+    other = governor(8 * GB, machine)
+    other.load_state_dict(json.loads(json.dumps(held.state_dict())))
+    assert run(other, machine, 100) == []
+    held.limit_bytes = 16 * GB
+    run(held, machine, 4)
+    assert held.token_budget == 2048
 
 
 def test_a_lower_limit_takes_effect_at_the_next_step() -> None:
