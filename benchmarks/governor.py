@@ -217,7 +217,10 @@ def child(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_turn(loop: Any, batch_sizes: Sequence[int]) -> dict[int, float]:
-    """Median tokens per second of steps with each batch size, and (0) with the governor's; what does not fit is out."""
+    """Median tokens per second of steps with each batch size, and (0) with the governor's; what does not fit is out.
+
+    What the governor learns in its own turns stays with it: a run forgets no failure either.
+    """
     governed, speeds = loop.governor.state_dict(), {size: [] for size in (0, *batch_sizes)}
     batches, loop.state.total_steps = loop.batches, loop.state.step + ROUNDS * len(speeds)
     for _ in range(ROUNDS):
@@ -228,6 +231,8 @@ def in_turn(loop: Any, batch_sizes: Sequence[int]) -> dict[int, float]:
                 loop.governor.token_budget = size * LENGTH
             record = loop.run_step()
             speeds[size].append(record["tokens"] / record["step_seconds"])
+            if not size:
+                governed = loop.governor.state_dict()
             if size and record["micro_batch_tokens"] < size * LENGTH:
                 del speeds[size]
     return {size: statistics.median(found) for size, found in speeds.items()}
