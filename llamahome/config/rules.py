@@ -45,7 +45,7 @@ def broken_rules(config: Config) -> Iterator[Broken]:
 
 def doubtful(config: Config) -> Iterator[Broken]:
     """Yield combinations that work, but hardly as meant."""
-    optimization, default = config.optimization, Config()
+    optimization, default, method = config.optimization, Config(), config.training.method
     warmup, steps = optimization.warmup_steps, optimization.max_steps
     if isinstance(warmup, int) and steps is not None and warmup >= steps:
         keys: tuple[Key, ...] = (("optimization", "warmup_steps"), ("optimization", "max_steps"))
@@ -57,8 +57,11 @@ def doubtful(config: Config) -> Iterator[Broken]:
     for name in ("rank", "alpha", "dropout", "target_modules"):
         if config.trains_base and getattr(config.lora, name) != getattr(default.lora, name):
             keys = (("lora", name), ("training", "method"))
-            yield keys, f"has no effect with the method {config.training.method}", "remove it"
+            yield keys, f"has no effect with the method {method}", "remove it"
+    if not config.lora.absorb_rounding and method != "qlora":
+        keys = (("lora", "absorb_rounding"), ("training", "method"))
+        yield keys, f"has no effect with the method {method}", "remove it"
     for name in QatSettings.model_fields:
-        if config.training.method != "qat" and getattr(config.qat, name) != getattr(default.qat, name):
+        if method != "qat" and getattr(config.qat, name) != getattr(default.qat, name):
             keys = (("qat", name), ("training", "method"))
-            yield keys, f"has no effect with the method {config.training.method}", "remove it"
+            yield keys, f"has no effect with the method {method}", "remove it"

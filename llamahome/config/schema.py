@@ -278,6 +278,9 @@ class LoraSettings(Section):
     )
     use_rslora: bool = Field(default=False, description="Divide alpha by the square root of the rank.")
     use_dora: bool = Field(default=False, description="Train magnitude and direction apart (DoRA).")
+    absorb_rounding: bool = Field(
+        default=True, description="Begin qlora's adapter as the best correction of the base's rounding errors."
+    )
 
 
 class QatSettings(Section):

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -35,8 +35,8 @@ _PEER_MARKS = (
 class Ranks:
     """This process among those that torchrun (or whatever sets its variables) started; alone by default.
 
-    restarts: how often the group was started anew. `sum`, `largest`, `gather` and `decide` are for all ranks together:
-    each must call them in the same order.
+    restarts: how often the group was started anew. `sum`, `largest`, `gather`, `decide` and `copy_from_main` are for
+    all ranks together: each must call them in the same order.
     """
 
     rank: int = 0
@@ -103,6 +103,14 @@ class Ranks:
         done: list[T] = []
         self.decide(lambda: done.append(work()), what)
         return done[0] if done else work()
+
+    def copy_from_main(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every rank rank 0's values of these tensors, in place; shapes and types are the same everywhere."""
+        if self.several:
+            import torch.distributed as dist
+
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     def _told(self, key: str, what: str) -> Any:
         assert self.store is not None

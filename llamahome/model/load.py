@@ -93,9 +93,9 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]
 
 
 def load_model(
-    source: ModelSource, *, dtype: torch.dtype, device: str | torch.device, attention: str, nf4: bool = False
+    source: ModelSource, *, dtype: torch.dtype | None, device: str | torch.device, attention: str, nf4: bool = False
 ) -> PreTrainedModel:
-    """The causal language model in evaluation mode; weights of the same dtype stay mapped from the file.
+    """The causal language model in evaluation mode; weights stay mapped where `dtype` is the file's, or None for it.
 
     nf4: its linear layers in 4 bits, quantised one after the other as the file is read; `dtype` is then the type that
     they are unpacked to.
@@ -114,17 +114,19 @@ def load_model(
         from llamahome.model.attention import register
 
         register()
+    stored = stored_dtype(source.folder)
     # First without memory: a wrong config.json may ask for any amount of it.
-    _, info = _from_pretrained(source, dtype=dtype, device_map="meta", attn_implementation=attention)
+    _, info = _from_pretrained(source, dtype=dtype or stored, device_map="meta", attn_implementation=attention)
     check_loaded_keys(info, source.folder)
     if nf4:
         # In the type of the file, so that nothing is read before its turn.
-        model, _ = _from_pretrained(source, dtype=stored_dtype(source.folder), attn_implementation=attention)
-        model = quantize_model(model, dtype=dtype, device=device)
-        model.config.dtype = dtype
+        model, _ = _from_pretrained(source, dtype=stored, attn_implementation=attention)
+        unpacked = dtype or model.dtype
+        model = quantize_model(model, dtype=unpacked, device=device)
+        model.config.dtype = unpacked
     else:
         place = {} if str(device) == "cpu" else {"device_map": {"": device}}
-        model, _ = _from_pretrained(source, dtype=dtype, attn_implementation=attention, **place)
+        model, _ = _from_pretrained(source, dtype=dtype or stored, attn_implementation=attention, **place)
     model.name_or_path = model.config._name_or_path = source.reference
     setattr(model, _MARK, source)
     return model

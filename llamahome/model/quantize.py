@@ -60,7 +60,7 @@ def quantize_model(model: PreTrainedModel, *, dtype: torch.dtype, device: torch.
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, _quantized(module, dtype, device))
         if users[weight.data_ptr()] == 1:
-            _forget_pages(weight)
+            forget_pages(weight)
         since += weight.numel()
         del weight
         if since > _TRIM:
@@ -88,10 +88,15 @@ def _fits(module: Any) -> bool:
     return columns is not None and module.weight.shape[columns] % BLOCK == 0
 
 
+def rows_of(module: Any) -> Tensor:
+    """The weight [out, in] of a linear layer; transformers' Conv1D holds it the other way round."""
+    weight: Tensor = module.weight.data
+    return weight if type(module) is nn.Linear else weight.T
+
+
 def _quantized(module: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
     """The 4-bit layer with the weights of `module`, which loses them."""
-    weight = module.weight.data
-    rows = weight if type(module) is nn.Linear else weight.T
+    rows = rows_of(module)
     layer = _empty_layer(rows.shape, dtype)
     layer.weight = _params4bit(rows.to(device), dtype)
     layer.weight.module = layer
@@ -138,7 +143,7 @@ def _params4bit(weight: Tensor, dtype: torch.dtype) -> Any:
     return Params4bit(packed, quant_state=state, blocksize=BLOCK, quant_type=NF4, bnb_quantized=True)
 
 
-def _forget_pages(weight: Tensor) -> None:
+def forget_pages(weight: Tensor) -> None:
     """Give back the memory of a tensor that nobody reads again, whoever still holds it.
 
     A mapped file's pages count as the process's memory until the whole file is unmapped.

@@ -8,8 +8,20 @@ from typing import Any
 from llamahome.config import Config
 from llamahome.data.report import schema_names
 from llamahome.memory.monitor import format_bytes
+from llamahome.memory.plan import MemoryPlan
+from llamahome.training.precision import Precision
 
 _EMBEDDED = "SmolLM2-135M-Instruct, built in"
+
+
+def chosen(precision: Precision, mode: str, plan: MemoryPlan) -> dict[str, Any]:
+    """What stood for `auto`, by the setting's name; a resumed run keeps it."""
+    return {
+        "processing.precision": precision.name,
+        "processing.compile_mode": mode,
+        "processing.gradient_checkpointing": "mlp" if plan.recompute_mlp else plan.gradient_checkpointing,
+        "processing.loss_chunk": plan.loss_rows,
+    }
 
 
 def choices(config: Config, facts: Mapping[str, Any]) -> Iterator[str]:

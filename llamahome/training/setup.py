@@ -42,9 +42,10 @@ from llamahome.model.load import (
 from llamahome.monitor.metrics import MetricsCollector, load_metrics
 from llamahome.monitor.resources import ResourceMonitor
 from llamahome.monitor.tracker import PerformanceTracker, measure_matmul_peak
+from llamahome.training.begin import begin_adapter
 from llamahome.training.budget import build_governor
 from llamahome.training.checkpoint import TrainingState
-from llamahome.training.choices import choices
+from llamahome.training.choices import choices, chosen
 from llamahome.training.extensions import NOTHING, Extensions
 from llamahome.training.host import (
     give_freed_memory_back,
@@ -123,13 +124,16 @@ def assemble(
     if team.in_lockstep and device.type == "cpu":
         allocator = give_freed_memory_back()
     plan = governor.plan
-    model, objective, fused = _build_model(config, source, architecture, device, precision, plan, team, own)
+    model, objective, fused = _build_model(
+        config, source, architecture, device, precision, plan, team, own,
+        begins_on=None if found else prepared.train,
+    )  # fmt: skip
     batches = build_batches(config, prepared, state.samples_per_step, objective, team)
     mode = compile_layers(
         objective.causal, config.processing.compile_mode, tokens=_tokens_to_train(prepared, state),
         trial=lambda tokens: _try_once(objective, precision, tokens),
     )  # fmt: skip
-    state.choices = _chosen(precision, mode, plan)
+    state.choices = chosen(precision, mode, plan)
     trained = sum(parameter.numel() for _, parameter in trainable_parameters(model))
     optimizer = build_optimizer(model, config.optimization, own.optimizer)
     resources = ResourceMonitor(
@@ -161,13 +165,18 @@ def assemble(
 
 def _build_model(
     config: Config, source: ModelSource, architecture: dict[str, Any], device: torch.device, precision: Precision,
-    plan: MemoryPlan, team: Team, own: Extensions,
+    plan: MemoryPlan, team: Team, own: Extensions, *, begins_on: TokenStore | None,
 ) -> tuple[Any, Objective, str]:  # fmt: skip
-    """The model with its adapter as this rank holds it, the objective over it, and what was fused in a line."""
+    """The model with its adapter as this rank holds it, the objective over it, and what was fused in a line.
+
+    `begins_on`: samples that the adapter's first values may depend on; None where a checkpoint brings its values.
+    """
     model = load_for_training(
         config, source, device, precision, checkpointing=plan.gradient_checkpointing,
         stored=stored_dtype(architecture, torch.float32) if team.strategy == "shard" else None,
     )  # fmt: skip
+    if begins_on is not None:
+        begin_adapter(model, config, begins_on, precision, team.ranks)
     fused = fuse(model, recompute_mlp=plan.recompute_mlp).summary() if config.processing.fuse else "none"
     enter = share_out(model, config, team, precision)
     return (
@@ -175,16 +184,6 @@ def _build_model(
         build_objective(model, own.loss or config.training.loss, chunk_rows=plan.loss_rows, enter=enter),
         fused,
     )
-
-
-def _chosen(precision: Precision, mode: str, plan: MemoryPlan) -> dict[str, Any]:
-    """What stood for `auto`, by the setting's name; a resumed run keeps it."""
-    return {
-        "processing.precision": precision.name,
-        "processing.compile_mode": mode,
-        "processing.gradient_checkpointing": "mlp" if plan.recompute_mlp else plan.gradient_checkpointing,
-        "processing.loss_chunk": plan.loss_rows,
-    }
 
 
 def _facts(

@@ -114,6 +114,9 @@ def test_only_the_command_line_lets_strangers_code_run(load: Load) -> None:
         (["training.method=full", "lora.rank=8"],
          '--set lora.rank=8: lora.rank: has no effect with the method full (training.method: "full", '
          "--set training.method=full); remove it"),
+        (["lora.absorb_rounding=false"],
+         "--set lora.absorb_rounding=false: lora.absorb_rounding: has no effect with the method lora; "
+         "remove it"),
     ],
 )  # fmt: skip
 def test_doubtful_combinations_are_warned_of(

@@ -22,7 +22,7 @@ WRONG = [
     ("trainig: {epochs: 2}", "trainig: unknown section; did you mean training?"),
     ("peft: {r: 2}", "peft: unknown section; did you mean lora?"),
     ("lora: {zzz: 1}", "lora.zzz: unknown key; the keys of lora are rank, alpha, dropout, target_modules, use_rslora, "
-     "use_dora"),
+     "use_dora, absorb_rounding"),
     ("zzz: 1", "zzz: unknown key; the sections are cache, data, monitor, optimization, processing, resource, training, "
      "memory, lora, qat, model, distributed"),
     # shapes

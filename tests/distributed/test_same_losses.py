@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 KEYS = ("loss", "grad_norm", "eval_loss")
-METHODS: dict[str, dict[str, object]] = {"lora": {}, "full": {"training__method": "full"}}
+METHODS: dict[str, dict[str, object]] = {
+    "lora": {}, "full": {"training__method": "full"}, "qlora": {"training__method": "qlora"},
+}  # fmt: skip
 SHARED: dict[str, dict[str, object]] = {
     "replicate": {"distributed__strategy": "replicate"},
     "shard": {"distributed__strategy": "shard"},
@@ -65,7 +67,7 @@ def test_two_processes(place: Any, crew: Any, alone: Any, tmp_path: Path) -> Non
     ("method", "shared", "ranks"),
     [
         ("lora", "replicate", 2), ("lora", "replicate", 4), ("lora", "shard", 4),
-        ("full", "replicate", 4), ("full", "shard", 4), ("full", "hsdp", 4),
+        ("full", "replicate", 4), ("full", "shard", 4), ("full", "hsdp", 4), ("qlora", "replicate", 2),
     ],
 )  # fmt: skip
 def test_any_number(place: Any, crew: Any, alone: Any, tmp_path: Path, method: str, shared: str, ranks: int) -> None:
