@@ -50,35 +50,40 @@ def plan(
     """The memory that training on DATA needs, part by part, the cut, and the time; no weights are read."""
     from llamahome.memory.outlook import look_ahead
     from llamahome.model.fuse import knows
-    from llamahome.training.precision import Precision
 
     if (data is None) == (tokens is None):
         raise click.UsageError("name DATA or --tokens")
     if gpus and not gpu_memory:
         raise click.UsageError("--gpus needs --gpu-memory, such as 24GB")
-    if confirm and (gpus or 1) > 1:
-        raise click.UsageError("--confirm runs the code of one process; leave out --gpus")
     config = load_config(given, base_model(model))
     architecture = _architecture(config)
     machine, precision = _machine(config, gpu_memory, gpus or 1)
     work = _samples(config, data) if data is not None else _tokens(config, tokens or 0)
     fused = config.processing.fuse and knows(architecture.get("model_type"))
     outlook = look_ahead(architecture, config, machine, work, precision=precision, fused=fused)
-    traced = None
-    if confirm:
-        from llamahome.training.confirm import traced_bytes
-
-        # Fake tensors of a GPU abort a build without CUDA, and sizes do not depend on the device.
-        traced = traced_bytes(
-            architecture, config, Precision(precision, "cpu"), tokens=outlook.plan.micro_batch_tokens,  # type: ignore[arg-type]
-            checkpointing=outlook.plan.gradient_checkpointing,
-        )  # fmt: skip
+    traced = _trace(config, architecture, outlook, precision) if confirm else None
     if as_json:
         print_line(json.dumps(_facts(outlook, work, traced)))
     else:
         _show(outlook, work, traced)
     if not outlook.fits:
         raise click.exceptions.Exit(5)
+
+
+def _trace(config: Config, architecture: dict[str, Any], outlook: Outlook, precision: str) -> int:
+    """Bytes of the plan's tensors by the model's own code."""
+    from llamahome.model.quiet import quiet_transformers
+    from llamahome.training.confirm import traced_bytes
+    from llamahome.training.precision import Precision
+
+    plan, machine = outlook.plan, outlook.machine
+    with quiet_transformers():
+        # Fake tensors of a GPU abort a build without CUDA, and sizes do not depend on the device.
+        return traced_bytes(
+            architecture, config, Precision(precision, "cpu"), tokens=plan.micro_batch_tokens,  # type: ignore[arg-type]
+            checkpointing=plan.gradient_checkpointing, recompute_mlp=plan.recompute_mlp, ranks=machine.ranks,
+            replicas=machine.replicas,
+        )  # fmt: skip
 
 
 def _architecture(config: Config) -> dict[str, Any]:
@@ -101,6 +106,7 @@ def _machine(config: Config, gpu_memory: str | None, gpus: int) -> tuple[Machine
     import torch
 
     from llamahome.config.sizes import parse_size
+    from llamahome.errors import ConfigError
     from llamahome.memory.ladder import Machine
     from llamahome.memory.monitor import MemoryMonitor, limit_of
     from llamahome.memory.outlook import datasheet
@@ -114,7 +120,12 @@ def _machine(config: Config, gpu_memory: str | None, gpus: int) -> tuple[Machine
         name, flops = datasheet(total / 1e9) or ("unknown", None)
         speed = f"if 35 % of the data sheet of one {name} are reached" if flops else "unknown"
         precision = "bf16" if asked == "auto" else asked
-        return Machine("cuda", limit_of(config, "cuda", total)[1], gpus, flops, speed), precision
+        replicas = config.distributed.replicas
+        if gpus % replicas:
+            raise ConfigError(f"{gpus} GPUs cannot be divided by {replicas}", where="distributed.replicas",
+                              fix="choose a divisor of --gpus")  # fmt: skip
+        limit = limit_of(config, "cuda", total)[1]
+        return Machine("cuda", limit, gpus // replicas, flops, speed, replicas=replicas), precision
     device = resolve_device(config)
     precision = resolve_precision(config, torch.device(device)).name
     total = MemoryMonitor(str(device)).read().total_bytes
@@ -159,7 +170,7 @@ def _facts(outlook: Outlook, work: Workload, traced: int | None) -> dict[str, An
         "fits": outlook.fits,
         "turned_on": list(outlook.turned_on),
         "advice": list(outlook.advice),
-        "ranks": outlook.machine.ranks,
+        "ranks": outlook.machine.ranks * outlook.machine.replicas,
         "seconds": outlook.seconds,
         "recompute": {name: asdict(part) for name, part in outlook.recompute.items()},
         "speed": outlook.machine.speed,
@@ -174,7 +185,7 @@ def comparable(plan: MemoryPlan) -> int:
 
     from llamahome.memory.plan import RUNTIME_BYTES
 
-    bare = replace(plan, loss_row_bytes=0, loss_constant=0, reader=0, compile_scratch=0, gathered=0)
+    bare = replace(plan, loss_row_bytes=0, loss_constant=0, reader=0, compile_scratch=0)
     return bare.live - min(RUNTIME_BYTES.values(), key=lambda size: abs(bare.overhead - size))
 
 
@@ -210,7 +221,8 @@ def _lines(outlook: Outlook, work: Workload, traced: int | None) -> Iterator[str
     from llamahome.monitor.words import bar
 
     plan, limit = outlook.plan, outlook.machine.limit_bytes
-    ranks = f" on each of {outlook.machine.ranks} GPUs" if outlook.machine.ranks > 1 else ""
+    count = outlook.machine.ranks * outlook.machine.replicas
+    ranks = f" on each of {count} GPUs" if count > 1 else ""
     yield f"{bar(plan.total / limit, _BAR)} {format_bytes(plan.total)} of {format_bytes(limit)}{ranks}"
     yield f"longest sample {work.longest:,} tokens; {work.tokens:,} tokens in all"
     yield _per_layer(outlook)
@@ -224,8 +236,10 @@ def _lines(outlook: Outlook, work: Workload, traced: int | None) -> Iterator[str
     if outlook.seconds is not None:
         yield f"about {_duration(outlook.seconds)} ({outlook.machine.speed})"
     if traced is not None:
-        ours = comparable(plan) * (1 if outlook.machine.ranks == 1 else outlook.machine.ranks)
+        ours = comparable(plan)
         yield f"traced {format_bytes(traced)} of tensors, {format_bytes(ours)} by formula: {ours / traced - 1:+.1%}"
+        if plan.offload:
+            yield "the trace leaves on the GPU what the plan moves to host memory"
 
 
 def _per_layer(outlook: Outlook) -> str:

@@ -32,6 +32,7 @@ class Workload:
 class Machine:
     """What a rank runs on. `peak_flops` None: unknown; `speed` says where it is from.
 
+    `ranks` share a model, and each of the `replicas` is so many ranks.
     `process_bytes`: what the process holds before the model is loaded, where it is there to be asked.
     """
 
@@ -41,6 +42,7 @@ class Machine:
     peak_flops: float | None = None
     speed: str = "unknown"
     process_bytes: int | None = None
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ def choose_plan(
         return plan_memory(
             architecture, method=config.training.method, lora=config.lora, precision=precision, max_length=work.longest,
             optimizer=config.optimization.optimizer, device=machine.device, trained_fraction=work.trained_fraction,
-            fused=fused, ranks=machine.ranks, step_tokens=work.step_tokens, compiled=compiled,
-            process_bytes=machine.process_bytes, **vars(rung),
+            fused=fused, ranks=machine.ranks, reshard=config.distributed.reshard, step_tokens=work.step_tokens,
+            compiled=compiled, process_bytes=machine.process_bytes, **vars(rung),
         )  # fmt: skip
 
     chunk = config.processing.loss_chunk

@@ -36,11 +36,15 @@ class Adapter:
 
 
 def kept_per_token(
-    shape: ModelShape, adapter: AdapterSettings | None, *, low: bool, trains_base: bool, fused: bool
-) -> int:
-    """Bytes that one layer keeps per token; `adapter` is not looked at where the base itself is trained."""
+    shape: ModelShape, adapter: AdapterSettings | None, *, low: bool, trains_base: bool, fused: bool,
+    shared: bool = False,
+) -> int:  # fmt: skip
+    """Bytes that one layer keeps per token; `adapter` is not looked at where the base itself is trained.
+
+    shared: by FSDP2, which gathers trained weights in the compute type, so that fused layers' inputs have it too.
+    """
     if fused:
-        return _fused(shape, None if trains_base else adapter, low, trains_base)
+        return _fused(shape, None if trains_base else adapter, low, trains_base and not shared)
     if trains_base or adapter is None:
         return _full(shape, low)
     return _lora(shape, adapter, low)
@@ -56,12 +60,13 @@ def backward_per_token(shape: ModelShape, *, low: bool, trains_base: bool, fused
     return max(6 * h + 6 * f, 22 * h) if low else max(4 * h + 8 * f, 24 * h)
 
 
-def _fused(shape: ModelShape, adapter: AdapterSettings | None, low: bool, trains_base: bool) -> int:
+def _fused(shape: ModelShape, adapter: AdapterSettings | None, low: bool, wide: bool) -> int:
     """Layers of `llamahome.model.fuse`: both norms' inputs, q k v and output, gate and up, and what each A made.
 
     All linear layers adapted, a = h, bf16: 8h + 4f + 4kv + 4hq + 14r + 8. Dropout keeps a mask of one byte.
+    `wide`: what goes from layer to layer is fp32, as it comes from an embedding that is trained.
     """
-    element, stream = (2 if low else 4), (2 if low and not trains_base else 4)
+    element, stream = (2 if low else 4), (2 if low and not wide else 4)
     widths = shape.hidden * 2 * stream + 2 * element * (shape.mlp + shape.attention + shape.key_value)
     inputs = [shape.projections[name][0] for name in shape.targets(adapter.target_modules)] if adapter else []
     ranks = element * len(inputs) * adapter.rank if adapter else 0

@@ -179,10 +179,12 @@ def plan_memory(
     element = 2 if low else 4
     adapters = 0 if trains_base else _adapter_parameters(shape, adapter)
     trained = shape.linear_parameters + shape.other_parameters if trains_base else adapters
-    layer = kept_per_token(shape, adapter, low=low, trains_base=trains_base, fused=fused)
+    shared = ranks > 1 and low and trains_base
+    layer = kept_per_token(shape, adapter, low=low, trains_base=trains_base, fused=fused, shared=shared)
     again = shape.layers if gradient_checkpointing is True else min(shape.layers, int(gradient_checkpointing))
     remade = mlp_per_token(shape, low=low) if recompute_mlp and fused and not again else 0
-    entry = entry_per_token(shape, low=low, trains_base=trains_base)
+    wide = trains_base and not (shared and fused)
+    entry = entry_per_token(shape, low=low, wide=wide)
     kept = again * entry + (shape.layers - again) * (layer - remade)
     # Of what is moved away, one layer's is on its way out while the next is computed.
     here = min(2, shape.layers) * (entry if again == shape.layers else layer - remade) if offload else kept
@@ -198,9 +200,10 @@ def plan_memory(
         adapters=adapters * (4 + (2 if low else 0)) // ranks,
         gradients=4 * trained // ranks,
         optimizer=int(optimizer_bytes(optimizer) * trained) // ranks,
-        overhead=_process(process_bytes, cpu) + _weight_copies(shape, low, method, fused) * copied // shape.layers,
+        overhead=_process(process_bytes, cpu)
+        + (0 if shared else _weight_copies(shape, low, method, fused) * copied // shape.layers),
         micro_batch_tokens=micro_batch_tokens or max_length,
-        saved_per_token=here + _ends(shape, low, trains_base, trained_fraction),
+        saved_per_token=here + _ends(shape, low, wide, trained_fraction),
         backward_per_token=backward + (layer - entry if again == shape.layers else remade),
         loss_row_bytes=shape.vocabulary * 2 * element,  # two chunks for a moment
         loss_rows=loss_chunk or default_loss_rows(shape.vocabulary, device),
@@ -293,8 +296,8 @@ def _weight_copies(shape: ModelShape, low: bool, method: Method, fused: bool) ->
             return ((2 if low else 0) + element) * shape.linear_parameters + 4 * shape.hidden * shape.mlp
 
 
-def _ends(shape: ModelShape, low: bool, trains_base: bool, trained_fraction: float) -> int:
+def _ends(shape: ModelShape, low: bool, wide: bool, trained_fraction: float) -> int:
     """Outside of the layers: embedding, last norm, rotary tables, and the trained tokens' states and gradients."""
-    element = 2 if low and not trains_base else 4
-    states = (12 if trains_base else 8) * shape.hidden + 2 * element * shape.head_dim
+    element = 2 if low and not wide else 4
+    states = (12 if wide else 8) * shape.hidden + 2 * element * shape.head_dim
     return states + round(2 * element * shape.hidden * trained_fraction)

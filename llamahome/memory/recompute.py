@@ -27,9 +27,9 @@ class Part:
         return 1000 * self.saved_bytes / self.flops
 
 
-def entry_per_token(shape: ModelShape, *, low: bool, trains_base: bool) -> int:
-    """Bytes of a layer's input, all that it keeps where it is computed again."""
-    return shape.hidden * (2 if low and not trains_base else 4)
+def entry_per_token(shape: ModelShape, *, low: bool, wide: bool) -> int:
+    """Bytes of a layer's input, all that it keeps where it is computed again. `wide`: fp32 in any case."""
+    return shape.hidden * (2 if low and not wide else 4)
 
 
 def mlp_per_token(shape: ModelShape, *, low: bool) -> int:
@@ -45,7 +45,7 @@ def parts(
     `rest` is what going on from the MLP to the layer costs and saves.
     """
     kept = kept_per_token(shape, adapter, low=low, trains_base=trains_base, fused=fused)
-    saved = kept - entry_per_token(shape, low=low, trains_base=trains_base)
+    saved = kept - entry_per_token(shape, low=low, wide=trains_base)
     layer = Part(saved, 2 * sum(n * m for n, m in shape.projections.values()))
     if not fused:
         return {"layer": layer}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+
+_LARGE = 1 << 20
 
 
 class PeakTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -16,24 +18,46 @@ class PeakTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     `live_bytes` now, `peak_bytes` at most. Sizes are rounded up to `round_to` bytes, as an allocator does.
     PyTorch's own MemTracker fails on frozen parameters (2.13), which every adapter stands on.
+
+    resizing: storages may change their sizes, as FSDP2's do, which frees and fills them in place. All are then summed
+    anew after each operator with a result of a mebibyte or more.
     """
 
-    def __init__(self, round_to: int = 512) -> None:
+    def __init__(self, round_to: int = 512, *, resizing: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = self.peak_bytes = 0
         self._round_to = round_to
+        self._resizing = resizing
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
 
     def count(self, tensors: Iterable[object]) -> None:
         """Count the storages of `tensors`, each once; what is no tensor is passed over."""
-        for tensor in tensors:
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
+        storages = [storage for tensor in tensors if isinstance(tensor, torch.Tensor) for storage in _storages(tensor)]
+        if not self._resizing:
+            for storage in storages:
+                self._add(storage)
+            return
+        for storage in storages:
+            self._known.setdefault(storage, 0)
+        if any(storage.nbytes() >= _LARGE for storage in storages):
+            self.live_bytes = sum(self._rounded(storage) for storage in list(self._known))
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def take_peak(self) -> int:
+        """The peak since the last call; the next one begins with what lives now."""
+        peak = self.peak_bytes
+        if self._resizing:
+            self.live_bytes = sum(self._rounded(storage) for storage in list(self._known))
+        self.peak_bytes = self.live_bytes
+        return peak
+
+    def _rounded(self, storage: torch.UntypedStorage) -> int:
+        return -(-storage.nbytes() // self._round_to) * self._round_to
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         if storage in self._known:
             return
-        size = -(-storage.nbytes() // self._round_to) * self._round_to
+        size = self._rounded(storage)
         self._known[storage] = size
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
@@ -49,3 +73,14 @@ class PeakTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         self.count(tree_leaves(result))
         return result
+
+
+def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
+    """The storages behind a tensor; of one that wraps others, such as a part of a shared weight, theirs."""
+    wrapper: Any = tensor
+    if not is_traceable_wrapper_subclass(wrapper):
+        yield tensor.untyped_storage()
+        return
+    for name in wrapper.__tensor_flatten__()[0]:
+        if isinstance(inner := getattr(wrapper, name), torch.Tensor):
+            yield from _storages(inner)

@@ -215,7 +215,10 @@ def _forward_of(family: Family, recompute_mlp: bool) -> Callable[..., Tensor]:
             return own
         x = hidden_states.flatten(0, 1)
         mixed = _attention(self, family, x, hidden_states.shape, position_embeddings, attention_mask, kwargs)
-        return _after_attention(self, family, mixed, x, recompute_mlp).view(hidden_states.shape)
+        y = _after_attention(self, family, mixed, x, recompute_mlp)
+        # Not marked as a view: FSDP2 warns of a layer that returns one, which somebody might change in place.
+        result: Tensor = torch.ops.aten._unsafe_view.default(y, hidden_states.shape)
+        return result
 
     return forward
 

@@ -231,15 +231,23 @@ def share_out(model: Any, config: Config, team: Team, precision: Precision) -> E
     if team.strategy != "shard":
         return None
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    full = config.training.method == "full"
     mesh = build_mesh(team.ranks.device, team.ranks.size, config.distributed.replicas)
-    enter = shard_model(
-        causal, decoder_layers(causal), mesh, compute=precision.compute if full and precision.lowers else None,
-        trained=torch.float32 if full else None, reshard=config.distributed.reshard,
-    )  # fmt: skip
+    full = config.training.method == "full"
+    enter = share_model(causal, mesh, config, precision, trained=torch.float32 if full else None)
     if full:
         causal.config.dtype = torch.float32
     return enter
+
+
+def share_model(
+    causal: Any, mesh: Any, config: Config, precision: Precision, *, trained: torch.dtype | None = None
+) -> Enter:
+    """`shard_model` as the configuration says, layer by layer; weights are brought to the type `trained` first."""
+    lowers = config.training.method == "full" and precision.lowers
+    return shard_model(
+        causal, decoder_layers(causal), mesh, compute=precision.compute if lowers else None, trained=trained,
+        reshard=config.distributed.reshard,
+    )  # fmt: skip
 
 
 def stored_dtype(architecture: Mapping[str, Any], fallback: torch.dtype) -> torch.dtype:

@@ -12,6 +12,12 @@ import torch.distributed as dist
 from click.testing import CliRunner
 
 from llamahome.cli import cli
+from llamahome.commands.plan import comparable
+from llamahome.config import Config
+from llamahome.errors import ConfigError
+from llamahome.memory.plan import plan_memory
+from llamahome.training.confirm import traced_bytes
+from llamahome.training.precision import Precision
 
 RANKS = 512
 LLAMA_70B = {
@@ -25,6 +31,8 @@ def planned(folder: Path, gpus: int, *more: str) -> dict[str, Any]:
     (folder / "config.json").write_text(json.dumps(LLAMA_70B))
     words = ["plan", "--tokens", "1000000000", "--model", str(folder), "--gpus", str(gpus), "--gpu-memory", "80GB"]
     done = CliRunner().invoke(cli, [*words, "--json", "--set", "training.method=full", *more])
+    if isinstance(done.exception, ConfigError):
+        raise done.exception
     assert done.exit_code == 0, done.output
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return facts
@@ -39,6 +47,55 @@ def test_a_configuration_is_enough_for_70b_on_512_gpus(tmp_path: Path) -> None:
     assert many["gathered"] == fewer["gathered"]
     assert many["total"] <= many["limit_bytes"] < 80e9
     assert many["seconds"] < fewer["seconds"]
+
+
+def test_the_groups_of_hsdp_hold_a_whole_model_each(tmp_path: Path) -> None:
+    groups, alone = planned(tmp_path, RANKS, "--set", "distributed.replicas=8"), planned(tmp_path, RANKS // 8)
+    assert groups["ranks"] == RANKS
+    assert [groups[part] for part in ("weights", "gradients", "total")] == [
+        alone[part] for part in ("weights", "gradients", "total")
+    ]
+    assert groups["seconds"] == pytest.approx(alone["seconds"] / 8)
+    with pytest.raises(ConfigError, match="512 GPUs cannot be divided by 7"):
+        planned(tmp_path, RANKS, "--set", "distributed.replicas=7")
+
+
+CASES: list[Any] = [("full", 8, False, 2048, {})]
+CASES += [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (
+        ("full", 512, True, 8192, {}), ("full", 8, True, 4096, {"distributed.reshard": False}),
+        ("full", 64, 67, 8192, {"distributed.replicas": 8}), ("lora", 8, False, 2048, {}),
+        ("lora", 512, True, 8192, {}), ("lora", 8, True, 4096, {"distributed.reshard": False}),
+        ("lora", 64, False, 8192, {"recompute_mlp": True}),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "ranks", "checkpointing", "tokens", "settings"), CASES)
+def test_a_ranks_own_code_takes_what_is_planned(
+    method: Any, ranks: int, checkpointing: Any, tokens: int, settings: dict[str, Any]
+) -> None:
+    """The 70B model's layers under FSDP2, with a process group that is pretended and tensors that hold nothing."""
+    recompute_mlp = {"recompute_mlp": settings.get("recompute_mlp", False)}
+    given = {key: value for key, value in settings.items() if "." in key}
+    config = Config.load(None, {"training.method": method, **given})
+    traced = traced_bytes(
+        LLAMA_70B, config, Precision("bf16", "cpu"), tokens=tokens, checkpointing=checkpointing, ranks=ranks,
+        replicas=config.distributed.replicas, **recompute_mlp,
+    )  # fmt: skip
+    plan = plan_memory(
+        LLAMA_70B, method=method, micro_batch_tokens=tokens, gradient_checkpointing=checkpointing, fused=True,
+        ranks=ranks, reshard=config.distributed.reshard, device="cuda", **recompute_mlp,
+    )  # fmt: skip
+    assert not dist.is_initialized()
+    assert comparable(plan) == pytest.approx(traced, rel=0.1)
+
+
+@pytest.mark.slow
+def test_the_command_confirms_a_plan_of_many(tmp_path: Path) -> None:
+    facts = planned(tmp_path, RANKS, "--confirm", "--set", "data.max_length=8192")
+    assert facts["comparable_bytes"] == pytest.approx(facts["traced_bytes"], rel=0.1)
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from llamahome import kernels
 from llamahome.config import Config
@@ -28,20 +27,6 @@ SHAPE = {
     "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8,
     "num_key_value_heads": 4, "tie_word_embeddings": False,
 }  # fmt: skip
-
-
-class Counter(PeakTracker):
-    """Sums all storages anew after every operator with a large result, since FSDP2 frees and fills them in place."""
-
-    def count(self, tensors: Iterable[object]) -> None:
-        large = False
-        for tensor in tensors:
-            if isinstance(tensor, torch.Tensor):
-                storage = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()
-                self._known.setdefault(storage, 0)
-                large |= storage.nbytes() >= 1 << 20
-        if large:
-            self.peak_bytes = max(self.peak_bytes, sum(storage.nbytes() for storage in list(self._known)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,10 +59,10 @@ def measured(method: str, vocabulary: int, tokens: int, *, reshard: bool) -> int
     objective = Objective(model.train(), partial(kernels.linear_cross_entropy, chunk_rows=CHUNK), enter)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     precision, batch = Precision("bf16", "cpu"), flat_row([[1] * tokens])
-    with Counter() as counter:
+    with PeakTracker(resizing=True) as counter:
         counter.count([*model.parameters(), *model.buffers()])
         for _ in range(2):
-            counter.peak_bytes = 0
+            counter.take_peak()
             for _ in range(2):
                 with without_input_casts(model, precision.lowers), precision.autocast():
                     loss = objective(batch)
