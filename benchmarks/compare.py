@@ -9,6 +9,7 @@ the median over the rounds), `cpu_ratio` (the same by processor time, for machin
 (peak memory of the process), each side's figures, `mfu` (ours: model operations per second by the measured peak of the
 machine's matrix products), `first_step_seconds`, and `loss_difference`, the largest relative difference of a step's
 loss. `peer_spread` is the same between two runs of the peer, whole and in two micro-batches: what rounding alone does.
+`from_fp32` and `peer_from_fp32` are those of each side in 16 bits from the peer in fp32.
 The first steps of each run are left out of the speeds.
 
 Both sides train on the same samples at each step. `--ours` changes settings of our side alone, which the section then
@@ -83,6 +84,9 @@ def compare(settings: dict[str, Any], own: dict[str, Any], rounds: int, warm: in
     if rounds > 1:
         halves = measure("hf", {**peer, "micro_samples": settings["samples"] // 2}, warm)
         figures["peer_spread"] = difference(halves, pairs[0][1])
+    if rounds > 1 and settings["precision"] != "fp32":
+        exact = measure("hf", {**peer, "precision": "fp32"}, warm)
+        figures |= {"from_fp32": difference(pairs[0][0], exact), "peer_from_fp32": difference(pairs[0][1], exact)}
     return figures
 
 
@@ -94,16 +98,18 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Rows of Markdown for people."""
     lines = [
-        "| | tokens/s, ours / theirs | speed | by CPU time | peak memory | memory | MFU | loss difference | peer's |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| | tokens/s, ours / theirs | speed | by CPU time | peak memory | memory | MFU | loss difference | peer's "
+        "| both from fp32 |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for case, r in results.items():
         memory = f"{r['peak_bytes'] / 1e9:.2f} / {r['peer_peak_bytes'] / 1e9:.2f} GB"
         spread = f"{r['peer_spread']:.1e}" if "peer_spread" in r else ""
+        exact = f"{r['from_fp32']:.1e} / {r['peer_from_fp32']:.1e}" if "from_fp32" in r else ""
         lines.append(
             f"| {case} | {r['tokens_per_s']:.0f} / {r['peer_tokens_per_s']:.0f} | {r['speed_ratio']:.2f} | "
             f"{r['cpu_ratio']:.2f} | {memory} | {r['memory_ratio']:.2f} | {r['mfu']:.2f} | "
-            f"{r['loss_difference']:.1e} | {spread} |"
+            f"{r['loss_difference']:.1e} | {spread} | {exact} |"
         )
     return "\n".join(lines)
 
