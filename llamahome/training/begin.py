@@ -12,6 +12,8 @@ from llamahome.data.batch import BatchProcessor
 from llamahome.data.dataset import StepOrder
 from llamahome.data.store import TokenStore
 from llamahome.distributed.ranks import Ranks
+from llamahome.errors import MemoryLimitError
+from llamahome.memory.oom import free_memory, is_oom, twice
 from llamahome.model.adapters import trainable_parameters, without_input_casts
 from llamahome.model.load import load_model, source_of
 from llamahome.model.quantize import NF4
@@ -28,7 +30,7 @@ def begin_adapter(model: Any, config: Config, store: TokenStore, precision: Prec
     """Let the adapter of a 4-bit base correct its rounding errors, as `lora.absorb_rounding` says.
 
     How they come out at the layers is seen on the first samples of the run, of some 2,048 tokens together. Rank 0
-    computes, the others take its values.
+    computes, the others take its values. Raises: MemoryLimitError.
     """
     if config.training.method != "qlora" or not config.lora.absorb_rounding:
         return
@@ -46,6 +48,19 @@ def _first_samples(store: TokenStore, config: Config, *, packs: bool) -> Ids:
 
 
 def _absorb(model: Any, store: TokenStore, ids: Ids, precision: Precision) -> None:
+    try:
+        twice(lambda: _correct(model, store, ids, precision))
+    except Exception as error:
+        if not is_oom(error):
+            raise
+        raise MemoryLimitError(
+            "no memory to let the adapter correct the base's rounding errors", where="training.memory_limit",
+            fix="raise it, or set lora.absorb_rounding: false",
+        ) from error  # fmt: skip
+    free_memory()
+
+
+def _correct(model: Any, store: TokenStore, ids: Ids, precision: Precision) -> None:
     causal, source = model.get_base_model(), source_of(model)
     assert source is not None
     exact = load_model(source, dtype=None, device="cpu", attention="eager")

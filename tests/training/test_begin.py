@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from llamahome.config import Config
+from llamahome.errors import MemoryLimitError
+from llamahome.training import begin
 from llamahome.training.begin import _first_samples
 from llamahome.training.run import train
 
@@ -46,6 +48,30 @@ def test_it_looks_at_the_first_samples_of_the_run(store: Any) -> None:
     many = _Lengths(np.full(5000, 100))
     assert _first_samples(many, config, packs=True).tolist() == list(range(20))
     assert _first_samples(_Lengths(np.full(3, 4000)), config, packs=True).tolist() == [0]
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_without_memory_it_is_tried_twice_and_then_said(
+    settings: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    expected = begun(settings, tmp_path, "expected")[1]
+    absorb, left = begin.absorb_rounding_error, [failures]
+
+    def failing(*arguments: Any) -> float:
+        share: float = absorb(*arguments)
+        left[0] -= 1
+        if left[0] >= 0:
+            raise RuntimeError("unable to mmap 8 bytes from file: Cannot allocate memory (12)")
+        return share
+
+    monkeypatch.setattr(begin, "absorb_rounding_error", failing)
+    if failures == 1:
+        found = begun(settings, tmp_path, "found")[1]
+        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+        return
+    with pytest.raises(MemoryLimitError, match="rounding errors") as caught:
+        begun(settings, tmp_path, "found")
+    assert caught.value.fix == "raise it, or set lora.absorb_rounding: false"
 
 
 class _Lengths:
