@@ -170,7 +170,7 @@ def _facts(outlook: Outlook, work: Workload, traced: int | None) -> dict[str, An
         "fits": outlook.fits,
         "turned_on": list(outlook.turned_on),
         "advice": list(outlook.advice),
-        "ranks": outlook.machine.ranks * outlook.machine.replicas,
+        "ranks": outlook.machine.processes,
         "seconds": outlook.seconds,
         "recompute": {name: asdict(part) for name, part in outlook.recompute.items()},
         "speed": outlook.machine.speed,
@@ -221,7 +221,7 @@ def _lines(outlook: Outlook, work: Workload, traced: int | None) -> Iterator[str
     from llamahome.monitor.words import bar
 
     plan, limit = outlook.plan, outlook.machine.limit_bytes
-    count = outlook.machine.ranks * outlook.machine.replicas
+    count = outlook.machine.processes
     ranks = f" on each of {count} GPUs" if count > 1 else ""
     yield f"{bar(plan.total / limit, _BAR)} {format_bytes(plan.total)} of {format_bytes(limit)}{ranks}"
     yield f"longest sample {work.longest:,} tokens; {work.tokens:,} tokens in all"

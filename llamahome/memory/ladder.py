@@ -44,6 +44,11 @@ class Machine:
     process_bytes: int | None = None
     replicas: int = 1
 
+    @property
+    def processes(self) -> int:
+        """The ranks of all replicas."""
+        return self.ranks * self.replicas
+
 
 @dataclass(frozen=True)
 class Rung:

@@ -100,4 +100,4 @@ def _seconds(architecture: Any, config: Config, machine: Machine, work: Workload
     layers = 1.0 if plan.gradient_checkpointing is True else plan.gradient_checkpointing / shape.layers
     again = 1 + forward * (mlp if plan.recompute_mlp else layers)
     needed = again * flops.of(work.tokens, round(work.trained_fraction * work.tokens))
-    return needed / (machine.peak_flops * REACHED[machine.device] * machine.ranks * machine.replicas)
+    return needed / (machine.peak_flops * REACHED[machine.device] * machine.processes)

@@ -40,16 +40,19 @@ class PeakTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for storage in storages:
             self._known.setdefault(storage, 0)
         if any(storage.nbytes() >= _LARGE for storage in storages):
-            self.live_bytes = sum(self._rounded(storage) for storage in list(self._known))
+            self._sum_anew()
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def take_peak(self) -> int:
         """The peak since the last call; the next one begins with what lives now."""
         peak = self.peak_bytes
         if self._resizing:
-            self.live_bytes = sum(self._rounded(storage) for storage in list(self._known))
+            self._sum_anew()
         self.peak_bytes = self.live_bytes
         return peak
+
+    def _sum_anew(self) -> None:
+        self.live_bytes = sum(self._rounded(storage) for storage in list(self._known))
 
     def _rounded(self, storage: torch.UntypedStorage) -> int:
         return -(-storage.nbytes() // self._round_to) * self._round_to

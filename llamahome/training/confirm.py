@@ -74,8 +74,9 @@ def _traced(model: Any, config: Config, precision: Precision, tokens: int, share
     fake, tracker = FakeTensorMode(allow_non_fake_inputs=True), PeakTracker(resizing=shared[0] > 1)
     with _pretended(*shared) as mesh, fake as mode, tracker:
         _make_fake(model, mode)
-        causal = Objective(model.train()).causal
-        enter = share_model(causal, mesh, config, precision) if mesh is not None else _call
+        objective = Objective(model.train())
+        causal = objective.causal
+        enter = objective.enter if mesh is None else share_model(causal, mesh, config, precision)
         tracker.count([*model.parameters(), *model.buffers()])
         optimizer = build_optimizer(model, config.optimization)
         batch, peaks = flat_row([[1] * tokens]), _Peaks(tracker)
@@ -138,10 +139,6 @@ def _pretended(ranks: int, replicas: int) -> Iterator[Any]:
         yield build_mesh("cpu", ranks * replicas, replicas)
     finally:
         dist.destroy_process_group()
-
-
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
 
 
 def _run(model: Any, forward: Callable[[], torch.Tensor], precision: Precision) -> None:
