@@ -114,7 +114,7 @@ def main() -> int:
     ratios = measure([name for name in chosen if name in CASES], 5 if args.quick else 15)
     if "reader" in chosen:
         ratios |= reader()
-    budgets = bounds_here(json.loads(args.budgets.read_text("utf-8")), _C.has_bf16_attention())
+    budgets = bounds_here(json.loads(args.budgets.read_text("utf-8")), _C.has_avx512_bf16())
     if args.only:
         budgets = {name: bounds for name, bounds in budgets.items() if name.startswith(tuple(args.only))}
     if not args.json:

@@ -14,6 +14,7 @@
 #include "batch_reader.h"
 #include "crc32c.h"
 #include "packing.h"
+#include "processor.h"
 #include "sample_order.h"
 #include "token_writer.h"
 
@@ -229,11 +230,14 @@ void bind_order_and_packing(nb::module_& m) {
       "Best-fit rows of whole documents: (order, bounds); row r is order[bounds[r]:bounds[r + 1]].");
 }
 
-using Heads = Array<const Bf16, 3>;
-using HeadsOut = Array<Bf16, 3>;
+template <typename Number>
+using Heads = Array<const Number, 3>;
+template <typename Number>
+using HeadsOut = Array<Number, 3>;
 
-AttentionShape shape_of(const Heads& query, const Heads& key, const Array<const std::int32_t>& cu_seqlens, float scale,
-                        int threads) {
+template <typename Number>
+AttentionShape shape_of(const Heads<Number>& query, const Heads<Number>& key,
+                        const Array<const std::int32_t>& cu_seqlens, float scale, int threads) {
   const auto edges = as_span(cu_seqlens);
   if (query.shape(0) != key.shape(0) || query.shape(2) != key.shape(2) || query.shape(2) % 16 != 0 ||
       key.shape(1) == 0 || query.shape(1) % key.shape(1) != 0)
@@ -258,19 +262,21 @@ void need_same_shape(const A& a, const B& b) {
     if (a.shape(i) != b.shape(i)) throw std::invalid_argument("arrays of unequal shape");
 }
 
-template <typename A>
-void need_lse(const A& lse, const Heads& query) {
+template <typename A, typename B>
+void need_lse(const A& lse, const B& query) {
   if (lse.shape(0) != query.shape(1) || lse.shape(1) != query.shape(0))
     throw std::invalid_argument("the log-sum-exp must be [heads, tokens]");
 }
 
+template <typename Number>
 void bind_attention(nb::module_& m) {
-  m.def("has_bf16_attention", &has_bf16_attention, "Whether the processor has what the next two need: AVX512-BF16.");
+  using Heads = Heads<Number>;
+  using HeadsOut = HeadsOut<Number>;
   m.def(
       "attention_forward",
       [](const Heads& query, const Heads& key, const Heads& value, const Array<const std::int32_t>& cu_seqlens,
          float scale, int threads, const HeadsOut& out, const Array<float, 2>& lse) {
-        const AttentionShape shape = shape_of(query, key, cu_seqlens, scale, threads);
+        const AttentionShape shape = shape_of<Number>(query, key, cu_seqlens, scale, threads);
         need_same_shape(key, value);
         need_same_shape(query, out);
         need_lse(lse, query);
@@ -278,13 +284,14 @@ void bind_attention(nb::module_& m) {
       },
       "query"_a.noconvert(), "key"_a.noconvert(), "value"_a.noconvert(), "cu_seqlens"_a.noconvert(), "scale"_a,
       "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert(), NoGil(),
-      "Causal attention of packed samples; arrays are [tokens, heads, size] of bf16's bits, lse [heads, tokens].");
+      "Causal attention of packed samples; arrays are [tokens, heads, size] in fp32 or of bf16's bits, lse [heads, "
+      "tokens].");
   m.def(
       "attention_backward",
       [](const Heads& grad, const Heads& query, const Heads& key, const Heads& value, const Heads& out,
          const Array<const float, 2>& lse, const Array<const std::int32_t>& cu_seqlens, float scale, int threads,
          const HeadsOut& d_query, const HeadsOut& d_key, const HeadsOut& d_value) {
-        const AttentionShape shape = shape_of(query, key, cu_seqlens, scale, threads);
+        const AttentionShape shape = shape_of<Number>(query, key, cu_seqlens, scale, threads);
         for (const Heads& same : {grad, out}) need_same_shape(query, same);
         need_same_shape(query, d_query);
         need_same_shape(key, value);
@@ -299,6 +306,12 @@ void bind_attention(nb::module_& m) {
       "The gradients of query, key and value from that of out.");
 }
 
+void bind_processor(nb::module_& m) {
+  m.def("has_avx512", &has_avx512, "Whether the processor has what attention in fp32 needs: AVX-512 with BW and VL.");
+  m.def("has_avx512_bf16", &has_avx512_bf16, "Whether it has what attention in bf16 needs.");
+  m.def("is_amd", &is_amd, "Whether the processor is AMD's.");
+}
+
 }  // namespace
 }  // namespace llamahome
 
@@ -309,7 +322,9 @@ NB_MODULE(_C, m) {
   bind_reader(m);
   bind_writer(m);
   bind_order_and_packing(m);
-  bind_attention(m);
+  bind_attention<Bf16>(m);
+  bind_attention<float>(m);
+  bind_processor(m);
   m.def(
       "crc32c",
       [](nb::bytes data, bool portable) {

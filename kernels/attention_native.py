@@ -1,13 +1,15 @@
-"""Attention of packed samples in bf16 on processors with AVX512-BF16, by the C++ code of `csrc/attention.cpp`.
+"""Attention of packed samples on processors with AVX-512 (fp32) or AVX512-BF16 (bf16), by `csrc/attention_tasks.h`.
 
 ATen's flash kernels multiply in fp32 or by calls to the matrix library that are too small for it: three to six times
-the time. A sample and key head is one thread's work, and its sums have a fixed order: the same bits for any number of
-threads, and whatever else is packed beside.
+the time in bf16, two to five times in fp32. A sample and key head is one thread's work, and its sums have a fixed
+order: the same bits for any number of threads, and whatever else is packed beside.
 
 Shapes: T tokens, Hq query heads, Hk key and value heads, D head size.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +18,13 @@ from torch import Tensor
 
 from llamahome import _C
 
-_HAS_BF16 = _C.has_bf16_attention()
+_NATIVE = {torch.float32: _C.has_avx512(), torch.bfloat16: _C.has_avx512_bf16()}
 _GAIN = 3  # by which one thread is faster here at least; ATen splits a sample over threads as well
 
 
 def fits_native(q: Tensor, k: Tensor, cu_seqlens: Tensor, scale: float, window: int) -> bool:
     """Whether q [T, Hq, D] and k [T, Hk, D] are computed here: where it can be, with enough work for the threads."""
-    if not (_HAS_BF16 and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] % 16 == 0 and scale > 0):
+    if not (_NATIVE.get(q.dtype) and q.device.type == "cpu" and q.shape[2] % 16 == 0 and scale > 0):
         return False
     lengths = cu_seqlens.diff()
     if window and bool((lengths > window).any()):
@@ -35,7 +37,7 @@ def native_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: f
     out = _new(q, cu_seqlens)
     lse = q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.float32)
     edges, threads = _edges(cu_seqlens), torch.get_num_threads()
-    _C.attention_forward(_bits(q), _bits(k), _bits(v), edges, scale, threads, _bits(out), lse.numpy())
+    _C.attention_forward(_numbers(q), _numbers(k), _numbers(v), edges, scale, threads, _numbers(out), lse.numpy())
     return out, lse
 
 
@@ -44,10 +46,11 @@ def native_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the shapes of q, k, v; `out` and `lse` as `native_forward` gave them."""
     dq, dk, dv = (_new(x, cu_seqlens) for x in (q, k, v))
+    threads = torch.get_num_threads()
+    grad_, q_, k_, v_, out_, lse_, dq_, dk_, dv_ = map(_numbers, (grad, q, k, v, out, lse, dq, dk, dv))
     _C.attention_backward(
-        _bits(grad), _bits(q), _bits(k), _bits(v), _bits(out), lse.contiguous().numpy(), _edges(cu_seqlens), scale,
-        torch.get_num_threads(), _bits(dq), _bits(dk), _bits(dv),
-    )  # fmt: skip
+        grad_, q_, k_, v_, out_, lse_, _edges(cu_seqlens), scale, threads, d_query=dq_, d_key=dk_, d_value=dv_
+    )
     return dq, dk, dv
 
 
@@ -57,10 +60,11 @@ def _new(like: Tensor, cu_seqlens: Tensor) -> Tensor:
     return made
 
 
-def _bits(x: Tensor) -> NDArray[np.uint16]:
-    """The numbers of a bf16 tensor as numpy's uint16; shared with it where it is contiguous."""
-    bits: NDArray[np.uint16] = x.detach().contiguous().view(torch.uint16).numpy()
-    return bits
+def _numbers(x: Tensor) -> NDArray[Any]:
+    """A tensor as numpy sees it, bf16 as uint16; shared with it where it is contiguous."""
+    x = x.detach().contiguous()
+    numbers: NDArray[Any] = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    return numbers
 
 
 def _edges(cu_seqlens: Tensor) -> NDArray[np.int32]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamahome.kernels.nf4 import Nf4Weight, dequantize
+from llamahome.kernels.products import add_product, add_product_, multiply
 
 
 class LoraWeights(NamedTuple):
@@ -59,10 +60,10 @@ def project(
             if lora.dropout:
                 dropped, mask = torch.native_dropout(y, lora.dropout, True)
                 masks.append(mask)
-            parts.append(F.linear(dropped, lora.a))  # type: ignore[arg-type]
+            parts.append(multiply(dropped, lora.a.T))  # type: ignore[union-attr]
         xa = torch.cat(parts, -1)
     elif adapted:
-        xa = F.linear(y, _stacked(adapted))
+        xa = multiply(y, _stacked(adapted).T)
     return outputs(y, xa, loras, residual), xa, masks
 
 
@@ -78,13 +79,14 @@ def outputs(y: Tensor, xa: Tensor | None, loras: list[LoraWeights], residual: Te
     for lora in loras:
         part = None if lora.a is None else next(parts)
         if part is not None and lora.b is not None:
-            out = ((part * lora.scaling) @ lora.b.T).addmm_(y, dense(lora, y.dtype).T)
+            out = add_product_(multiply(part * lora.scaling, lora.b.T), y, dense(lora, y.dtype).T)
             out = out if lora.bias is None else out + lora.bias
             outs.append(out if residual is None else residual + out)
         elif residual is not None and residual.dtype == y.dtype and lora.bias is None:
-            outs.append(torch.addmm(residual, y, dense(lora, y.dtype).T))
+            outs.append(add_product(residual, y, dense(lora, y.dtype).T))
         else:
-            out = F.linear(y, dense(lora, y.dtype), lora.bias)
+            weight = dense(lora, y.dtype)
+            out = multiply(y, weight.T) if lora.bias is None else F.linear(y, weight, lora.bias)
             outs.append(out if residual is None else residual + out)
     return outs
 
@@ -106,7 +108,7 @@ def input_gradient(
     total = None if d_xa is None else _through_a(d_xa, loras, masks)
     for d_out, lora in zip(d_outs, loras, strict=True):
         weight = dense(lora, d_out.dtype)
-        total = d_out @ weight if total is None else total.addmm_(d_out, weight)
+        total = multiply(d_out, weight) if total is None else add_product_(total, d_out, weight)
         del weight  # before the next one is made
     assert total is not None
     return total
@@ -115,13 +117,17 @@ def input_gradient(
 def _through_a(d_xa: Tensor, loras: list[LoraWeights], masks: list[Tensor | None]) -> Tensor:
     """The part of y's gradient that comes through the adapters."""
     if all(mask is None for mask in masks):
-        return d_xa @ _stacked([lora for lora in loras if lora.a is not None])
+        whole: Tensor = multiply(d_xa, _stacked([lora for lora in loras if lora.a is not None]))
+        return whole
     adapted = [(lora, mask) for lora, mask in zip(loras, masks, strict=True) if lora.a is not None]
     split = zip(torch.split(d_xa, [lora.rank for lora, _ in adapted], -1), adapted, strict=True)
-    (first, *rest) = [_undropped(part @ lora.a, mask, lora.dropout) for part, (lora, mask) in split]  # type: ignore[operator]
-    for other in rest:
-        first = first + other
-    return first
+    total: Tensor | None = None
+    for part, (lora, mask) in split:
+        assert lora.a is not None
+        found = _undropped(multiply(part, lora.a), mask, lora.dropout)
+        total = found if total is None else total + found
+    assert total is not None
+    return total
 
 
 def weight_gradients(
@@ -135,11 +141,11 @@ def weight_gradients(
     grads: list[Tensor | None] = []
     for i, (d_out, lora) in enumerate(zip(d_outs, loras, strict=True)):
         need_weight, need_bias, need_a, need_b = needs[4 * i : 4 * i + 4]
-        grads.append(d_out.T @ y if need_weight else None)
+        grads.append(multiply(d_out.T, y) if need_weight else None)
         grads.append(d_out.sum(0) if need_bias else None)
         d_a, part = (None, None) if lora.a is None else (next(d_as), next(parts))
         grads.append(d_a if need_a else None)
-        grads.append((d_out.T @ part) * lora.scaling if need_b and part is not None else None)
+        grads.append(multiply(d_out.T, part) * lora.scaling if need_b and part is not None else None)
     return grads
 
 
@@ -152,14 +158,15 @@ def _a_gradients(
     adapted = [(lora, mask) for lora, mask in zip(loras, masks, strict=True) if lora.a is not None]
     ranks = [lora.rank for lora, _ in adapted]
     if all(mask is None for mask in masks):
-        return torch.split(d_xa.T @ y, ranks)
+        return torch.split(multiply(d_xa.T, y), ranks)
     split = zip(torch.split(d_xa, ranks, -1), adapted, strict=True)
-    return [part.T @ _undropped(y, mask, lora.dropout) for part, (lora, mask) in split]
+    return [multiply(part.T, _undropped(y, mask, lora.dropout)) for part, (lora, mask) in split]
 
 
 def through_b(d_outs: list[Tensor], loras: list[LoraWeights]) -> Tensor | None:
     """The gradient of x @ [a, ...].T, [T, R]; None without adapters."""
-    parts = [(d_out @ lora.b) * lora.scaling for d_out, lora in zip(d_outs, loras, strict=True) if lora.b is not None]
+    pairs = zip(d_outs, loras, strict=True)
+    parts = [multiply(d_out, lora.b) * lora.scaling for d_out, lora in pairs if lora.b is not None]
     return torch.cat(parts, -1) if parts else None
 
 

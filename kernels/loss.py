@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from llamahome.kernels.launch import use_triton
+from llamahome.kernels.products import multiply
 
 IGNORE_INDEX = -100
 _ROWS = 64  # chunks are filled up to a multiple of it
@@ -246,13 +247,13 @@ def _chunks(
     for start in range(0, labels.numel(), rows):
         part = slice(start, start + rows)
         h, count = _filled(hidden[part].to(compute))
-        z = F.linear(h, w, b)
+        z = F.linear(h, w, b) if b is not None else multiply(h, w.T)
         loss += _cross_entropy(z[:count], labels[part], factor, form, any(wants))
         z[count:] = 0
         if d_hidden is not None:
-            d_hidden[part] = (z @ w)[:count]
+            d_hidden[part] = multiply(z, w)[:count]
         if d_weight is not None:
-            d_weight += z.T @ h
+            d_weight += multiply(z.T, h)
         if d_bias is not None:
             d_bias += z.sum(0, dtype=loss.dtype)
         del z  # before the next one is made

@@ -1,7 +1,7 @@
 """Token store, sample order, packing and a CPU's attention in C++."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, overload
 
 import numpy
 import numpy.typing
@@ -89,16 +89,32 @@ def plan_packing(lengths: numpy.typing.NDArray[numpy.uint32], budget: int) -> tu
     Best-fit rows of whole documents: (order, bounds); row r is order[bounds[r]:bounds[r + 1]].
     """
 
-def has_bf16_attention() -> bool:
-    """Whether the processor has what the next two need: AVX512-BF16."""
+@overload
+def attention_forward(query: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], key: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], value: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], cu_seqlens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], scale: float, threads: int, out: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu')], lse: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')]) -> None: ...
 
-def attention_forward(query: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], key: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], value: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], cu_seqlens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], scale: float, threads: int, out: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu')], lse: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')]) -> None:
+@overload
+def attention_forward(query: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], key: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], value: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], cu_seqlens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], scale: float, threads: int, out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')], lse: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')]) -> None:
     """
-    Causal attention of packed samples; arrays are [tokens, heads, size] of bf16's bits, lse [heads, tokens].
+    Causal attention of packed samples; arrays are [tokens, heads, size] in fp32 or of bf16's bits, lse [heads, tokens].
     """
 
-def attention_backward(grad: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], query: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], key: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], value: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], lse: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], cu_seqlens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], scale: float, threads: int, d_query: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu')], d_key: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu')], d_value: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu')]) -> None:
+@overload
+def attention_backward(grad: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], query: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], key: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], value: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], lse: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], cu_seqlens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], scale: float, threads: int, d_query: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu')], d_key: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu')], d_value: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), order='C', device='cpu')]) -> None: ...
+
+@overload
+def attention_backward(grad: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], query: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], key: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], value: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], lse: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], cu_seqlens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], scale: float, threads: int, d_query: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')], d_key: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')], d_value: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')]) -> None:
     """The gradients of query, key and value from that of out."""
+
+def has_avx512() -> bool:
+    """
+    Whether the processor has what attention in fp32 needs: AVX-512 with BW and VL.
+    """
+
+def has_avx512_bf16() -> bool:
+    """Whether it has what attention in bf16 needs."""
+
+def is_amd() -> bool:
+    """Whether the processor is AMD's."""
 
 def crc32c(data: bytes, portable: bool = False) -> int:
     """CRC-32C of bytes; `portable` avoids the processor's instruction."""

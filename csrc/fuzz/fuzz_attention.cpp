@@ -1,5 +1,6 @@
-// Attention in bf16 over random packed samples, held to the plain definition in double. Every tensor stands at the end
-// of its own allocation, so that the address sanitizer sees a read past it. Usage: fuzz_attention SECONDS [SEED]
+// Attention in bf16 and fp32 over random packed samples, held to the plain definition in double. Every tensor stands at
+// the end of its own allocation, so that the address sanitizer sees a read past it. Usage: fuzz_attention SECONDS
+// [SEED]
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -10,11 +11,13 @@
 #include <vector>
 
 #include "../attention.h"
+#include "../processor.h"
 
 namespace {
 
 using namespace llamahome;
-using Numbers = std::vector<Bf16>;
+template <typename Number>
+using Numbers = std::vector<Number>;
 
 struct Case {
   std::vector<std::int32_t> edges{0};
@@ -25,6 +28,8 @@ struct Case {
             size,         1 / std::sqrt(static_cast<float>(size)),     1};
   }
 };
+
+double value(float number) { return number; }
 
 double value(Bf16 bits) {
   const std::uint32_t wide = std::uint32_t{bits} << 16;
@@ -47,7 +52,9 @@ Case draw(Random& random) {
 }
 
 // How far `out` is from softmax(q k^T) v at worst.
-double difference(const Case& c, const Numbers& q, const Numbers& k, const Numbers& v, const Numbers& out) {
+template <typename Number>
+double difference(const Case& c, const Numbers<Number>& q, const Numbers<Number>& k, const Numbers<Number>& v,
+                  const Numbers<Number>& out) {
   const auto at = [&](std::int64_t token, std::int64_t heads, std::int64_t head) {
     return (token * heads + head) * c.size;
   };
@@ -75,37 +82,47 @@ double difference(const Case& c, const Numbers& q, const Numbers& k, const Numbe
   return worst;
 }
 
+void round(float drawn, float& to) { to = drawn; }
+
+void round(float drawn, Bf16& to) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &drawn, sizeof bits);
+  to = static_cast<Bf16>(bits >> 16);
+}
+
+template <typename Number, typename Random>
+double run(const Case& c, Random& random) {
+  const std::size_t queries = static_cast<std::size_t>(c.tokens * c.query_heads * c.size),
+                    keys = static_cast<std::size_t>(c.tokens * c.key_heads * c.size);
+  std::normal_distribution<float> normal;
+  const auto fill = [&](std::size_t count) {
+    Numbers<Number> numbers(count);
+    for (Number& x : numbers) round(normal(random), x);
+    return numbers;
+  };
+  const Numbers<Number> q = fill(queries), grad = fill(queries), k = fill(keys), v = fill(keys);
+  Numbers<Number> out(queries), dq(queries), dk(keys), dv(keys);
+  std::vector<float> lse(static_cast<std::size_t>(c.tokens * c.query_heads));
+  attention_forward(c.shape(), q.data(), k.data(), v.data(), out.data(), lse.data());
+  attention_backward(c.shape(), grad.data(), q.data(), k.data(), v.data(), out.data(), lse.data(), dq.data(), dk.data(),
+                     dv.data());
+  return difference(c, q, k, v, out);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const double seconds = argc > 1 ? std::atof(argv[1]) : 5;
   std::mt19937_64 random(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
-  if (!has_bf16_attention()) return std::puts("no AVX512-BF16 here"), 0;
+  if (!has_avx512()) return std::puts("no AVX-512 here"), 0;
   const auto start = std::chrono::steady_clock::now();
   std::int64_t cases = 0;
   for (; std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds; ++cases) {
     const Case c = draw(random);
-    const std::size_t queries = static_cast<std::size_t>(c.tokens * c.query_heads * c.size),
-                      keys = static_cast<std::size_t>(c.tokens * c.key_heads * c.size);
-    std::normal_distribution<float> normal;
-    const auto fill = [&](std::size_t count) {
-      Numbers numbers(count);
-      for (Bf16& x : numbers) {
-        const float drawn = normal(random);
-        std::uint32_t bits;
-        std::memcpy(&bits, &drawn, sizeof bits);
-        x = static_cast<Bf16>(bits >> 16);
-      }
-      return numbers;
-    };
-    const Numbers q = fill(queries), grad = fill(queries), k = fill(keys), v = fill(keys);
-    Numbers out(queries), dq(queries), dk(keys), dv(keys);
-    std::vector<float> lse(static_cast<std::size_t>(c.tokens * c.query_heads));
-    attention_forward(c.shape(), q.data(), k.data(), v.data(), out.data(), lse.data());
-    attention_backward(c.shape(), grad.data(), q.data(), k.data(), v.data(), out.data(), lse.data(), dq.data(),
-                       dk.data(), dv.data());
-    const double worst = difference(c, q, k, v, out);
-    if (!(worst < 0.05)) return std::printf("case %lld: off by %g\n", static_cast<long long>(cases), worst), 1;
+    const bool low = has_avx512_bf16() && random() % 2;
+    const double worst = low ? run<Bf16>(c, random) : run<float>(c, random);
+    if (!(worst < (low ? 0.05 : 1e-5)))
+      return std::printf("case %lld: off by %g\n", static_cast<long long>(cases), worst), 1;
   }
   std::printf("%lld cases\n", static_cast<long long>(cases));
 }

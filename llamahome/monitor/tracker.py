@@ -64,9 +64,11 @@ class PerformanceTracker:
 def measure_matmul_peak(dtype: str = "fp32", device: str = "cpu", seconds: float = 0.2) -> float:
     """The machine's FLOP per second in square matrix products of `dtype` ("fp32", "bf16", "fp16"): the best of many.
 
-    Takes about `seconds`. On a shared machine it is a lower bound.
+    Takes about `seconds`. By the library that the engine's own products run on; on a shared machine a lower bound.
     """
     import torch
+
+    from llamahome.kernels.products import multiply
 
     size = 1024 if device == "cpu" else 4096
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
@@ -74,7 +76,7 @@ def measure_matmul_peak(dtype: str = "fp32", device: str = "cpu", seconds: float
     best, end = float("inf"), time.perf_counter() + seconds
     while True:
         started = time.perf_counter()
-        torch.mm(left, right)
+        multiply(left, right)
         if device != "cpu":
             torch.cuda.synchronize(device)
         now = time.perf_counter()

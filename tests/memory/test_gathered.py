@@ -84,7 +84,7 @@ def test_a_ranks_plan_is_what_its_tensors_take(
     method: Any, vocabulary: int, tokens: int, reshard: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A plan holds for every processor; attention in C++, where it runs, takes less than ATen's.
-    monkeypatch.setattr(attention_native, "_HAS_BF16", False)
+    monkeypatch.setattr(attention_native, "_NATIVE", {})
     plan = plan_memory(
         {**SHAPE, "model_type": "llama", "vocab_size": vocabulary}, method=method, lora=Config().lora, fused=True,
         ranks=RANKS, reshard=reshard, micro_batch_tokens=tokens, loss_chunk=CHUNK, process_bytes=-FIRST_STEP_BYTES,

@@ -1,30 +1,15 @@
+// Causal attention of packed samples, forward and backward, in the numbers of bf16_numbers.h or fp32_numbers.h: include
+// it after one of them, attention.h and parallel.h.
+//
 // One task is one sample and one key head, so no two threads write the same place and sums have a fixed order.
 //
 // Scores of 6 rows at a time stay in the first cache; only keys up to the diagonal are looked at. Rounding is flash
-// attention's: scores and sums in fp32, probabilities and their gradient in bf16 for the products.
-#include "attention.h"
+// attention's: scores and sums in fp32, probabilities and their gradient in the numbers' precision for the products.
+#pragma once
 
-#include "parallel.h"
-
-namespace llamahome {
-
-bool has_bf16_attention() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl");
-#else
-  return false;
-#endif
-}
-
-}  // namespace llamahome
-
-#include "bf16_tiles.h"  // sets the target of all that follows
+#include "tiles.h"
 
 namespace llamahome {
-
-#ifdef LLAMAHOME_AVX512_BF16
-
 namespace {
 
 constexpr std::int64_t kBlock = 48;  // rows whose outer products go to dK and dV at once
@@ -42,8 +27,8 @@ struct Extent {
   std::int64_t limit(std::int64_t row) const { return row < length ? row + 1 : 0; }
 };
 
-// scores become probabilities that are not divided yet, in bf16; returns their sum and leaves the peak.
-float softmax_row(const float* scores, std::int64_t limit, std::int64_t keys, float scale, Bf16* out, float& peak) {
+// scores become probabilities that are not divided yet; returns their sum and leaves the peak.
+float softmax_row(const float* scores, std::int64_t limit, std::int64_t keys, float scale, Element* out, float& peak) {
   __m512 most = _mm512_set1_ps(-__builtin_inff());
   for (std::int64_t j = 0; j < keys; j += kLanes)
     most = _mm512_mask_max_ps(most, below(limit, j), most, _mm512_load_ps(scores + j));
@@ -54,15 +39,14 @@ float softmax_row(const float* scores, std::int64_t limit, std::int64_t keys, fl
     const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(scores + j), factor, shift);
     const __m512 p = _mm512_maskz_mov_ps(below(limit, j), exponential(x));
     sum = _mm512_add_ps(sum, p);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(out + j), narrow(p));
+    Numbers::write(out + j, Numbers::narrow(p));
   }
   return _mm512_reduce_add_ps(sum);
 }
 
-void write_row(const float* from, float factor, std::int64_t size, Bf16* to) {
+void write_row(const float* from, float factor, std::int64_t size, Element* to) {
   for (std::int64_t j = 0; j < size; j += kLanes)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j),
-                        narrow(_mm512_mul_ps(_mm512_load_ps(from + j), _mm512_set1_ps(factor))));
+    Numbers::write(to + j, Numbers::narrow(_mm512_mul_ps(_mm512_load_ps(from + j), _mm512_set1_ps(factor))));
 }
 
 // Where one head of one sample lies in a tensor [tokens, heads, size].
@@ -80,20 +64,20 @@ Sample sample_of(const AttentionShape& s, std::int64_t number) {
 
 struct Forward {
   const AttentionShape& s;
-  const Bf16 *query, *key, *value;
-  Bf16* out;
+  const Element *query, *key, *value;
+  Element* out;
   float* lse;
 
-  void head(const Sample& sample, std::int64_t head, const Extent& e, const Pair* keys, const Pair* values) const {
+  void head(const Sample& sample, std::int64_t head, const Extent& e, const Unit* keys, const Unit* values) const {
     const std::int64_t size = s.head_size, stride = s.query_heads * size;
-    const Buffer<Pair> rows(e.rows * size / 2);
+    const Buffer<Unit> rows(e.rows * size / kPerUnit);
     const Buffer<float> scores(kRows * e.width), sums(kRows * size);
-    const Buffer<Bf16> weights(kRows * e.width);
+    const Buffer<Element> weights(kRows * e.width);
     const std::int64_t first = place(sample.start, s.query_heads, head, size);
     pack_rows({query + first, stride, e.length, size}, rows.get());
     for (std::int64_t row = 0; row < e.length; row += kRows) {
       const std::int64_t seen = e.keys_of(row);
-      multiply_keys(rows.get() + row * size / 2, keys, size / 2, seen, scores.get(), e.width);
+      multiply_keys(rows.get() + row * size / kPerUnit, keys, size / kPerUnit, seen, scores.get(), e.width);
       float total[kRows];
       for (std::int64_t i = 0; i < kRows; ++i) {
         float peak;
@@ -101,8 +85,8 @@ struct Forward {
             softmax_row(scores.get() + i * e.width, e.limit(row + i), seen, s.scale, weights.get() + i * e.width, peak);
         if (row + i < e.length) lse[head * s.tokens + sample.start + row + i] = peak + __builtin_logf(total[i]);
       }
-      const Left left{reinterpret_cast<const Pair*>(weights.get()), e.width / 2, 1};
-      multiply_rows<false>(left, values, seen / 2, sums.get(), size);
+      const Left left{reinterpret_cast<const Unit*>(weights.get()), e.width / kPerUnit, 1};
+      multiply_rows<false>(left, values, seen / kPerUnit, sums.get(), size);
       for (std::int64_t i = 0; i < kRows && row + i < e.length; ++i)
         write_row(sums.get() + i * size, 1 / total[i], size, out + first + (row + i) * stride);
     }
@@ -114,7 +98,7 @@ struct Forward {
     const std::int64_t key_head = task % s.key_heads, size = s.head_size, group = s.query_heads / s.key_heads;
     const Extent e{sample.length, size};
     const std::int64_t first = place(sample.start, s.key_heads, key_head, size);
-    const Buffer<Pair> keys(e.keys * size / 2), values(e.keys * size / 2);
+    const Buffer<Unit> keys(e.keys * size / kPerUnit), values(e.keys * size / kPerUnit);
     pack_over_size({key + first, s.key_heads * size, e.length, size}, keys.get());
     pack_over_rows({value + first, s.key_heads * size, e.length, size}, values.get());
     for (std::int64_t i = 0; i < group; ++i) head(sample, key_head * group + i, e, keys.get(), values.get());
@@ -124,83 +108,84 @@ struct Forward {
 // What backward over one key head of one sample needs; gradients of keys and values are summed here in fp32.
 struct BackwardBuffers {
   explicit BackwardBuffers(const Extent& e)
-      : keys_by_size(e.keys * e.size / 2),
-        values_by_size(e.keys * e.size / 2),
-        keys_by_row(e.keys * e.size / 2),
+      : keys_by_size(e.keys * e.size / kPerUnit),
+        values_by_size(e.keys * e.size / kPerUnit),
+        keys_by_row(e.keys * e.size / kPerUnit),
         d_keys(e.rows * e.size),
         d_values(e.rows * e.size),
-        query(e.rows * e.size / 2),
-        grad(e.rows * e.size / 2),
-        query_by_row(e.rows * e.size / 2),
-        grad_by_row(e.rows * e.size / 2),
+        query(e.rows * e.size / kPerUnit),
+        grad(e.rows * e.size / kPerUnit),
+        query_by_row(e.rows * e.size / kPerUnit),
+        grad_by_row(e.rows * e.size / kPerUnit),
         scores(kRows * e.width),
         d_weights(kRows * e.width),
         d_scores(kRows * e.width),
         d_query(kRows * e.size),
-        weight_pairs(kBlock / 2 * e.width),
-        d_score_pairs(kBlock / 2 * e.width) {}
+        weight_units(kBlock / kPerUnit * e.width),
+        d_score_units(kBlock / kPerUnit * e.width) {}
 
-  Buffer<Pair> keys_by_size, values_by_size, keys_by_row;
+  Buffer<Unit> keys_by_size, values_by_size, keys_by_row;
   Buffer<float> d_keys, d_values;
-  Buffer<Pair> query, grad, query_by_row, grad_by_row;
+  Buffer<Unit> query, grad, query_by_row, grad_by_row;
   Buffer<float> scores, d_weights;
-  Buffer<Bf16> d_scores;
+  Buffer<Element> d_scores;
   Buffer<float> d_query;
-  Buffer<Pair> weight_pairs, d_score_pairs;
+  Buffer<Unit> weight_units, d_score_units;
 };
 
 struct Backward {
   const AttentionShape& s;
-  const Bf16 *grad, *query, *key, *value, *out;
+  const Element *grad, *query, *key, *value, *out;
   const float* lse;
-  Bf16 *d_query, *d_key, *d_value;
+  Element *d_query, *d_key, *d_value;
 
   // The sum of out * grad along one row: what softmax's gradient subtracts.
-  float delta(const Bf16* out_row, const Bf16* grad_row) const {
+  float delta(const Element* out_row, const Element* grad_row) const {
     __m512 sum = _mm512_setzero_ps();
     for (std::int64_t j = 0; j < s.head_size; j += kLanes)
-      sum = _mm512_fmadd_ps(widen(out_row + j), widen(grad_row + j), sum);
+      sum = _mm512_fmadd_ps(Numbers::widen(out_row + j), Numbers::widen(grad_row + j), sum);
     return _mm512_reduce_add_ps(sum);
   }
 
-  // Two rows: probabilities from scores, and the scores' gradients; both as pairs, the latter by row as well.
-  void two_rows(const BackwardBuffers& b, const Extent& e, std::int64_t row, std::int64_t i, std::int64_t seen,
-                const float* lse_of, const float* deltas, Pair* weights, Pair* d_score_pairs) const {
+  // Rows that share units: probabilities from scores, and the scores' gradients; both as units, the latter by row as
+  // well.
+  void unit_of_rows(const BackwardBuffers& b, const Extent& e, std::int64_t row, std::int64_t i, std::int64_t seen,
+                    const float* lse_of, const float* deltas, Unit* weights, Unit* d_score_units) const {
     const __m512 scale = _mm512_set1_ps(s.scale);
     for (std::int64_t j = 0; j < seen; j += kLanes) {
-      __m256i p[2], d[2];
-      for (std::int64_t r = 0; r < 2; ++r) {
+      Numbers::Lanes p[kPerUnit], d[kPerUnit];
+      for (std::int64_t r = 0; r < kPerUnit; ++r) {
         const std::int64_t at = (i + r) * e.width + j;
         const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(b.scores.get() + at), scale, _mm512_set1_ps(lse_of[i + r]));
         const __m512 weight = _mm512_maskz_mov_ps(below(e.limit(row + i + r), j), exponential(x));
         const __m512 slope = _mm512_sub_ps(_mm512_load_ps(b.d_weights.get() + at), _mm512_set1_ps(deltas[i + r]));
-        p[r] = narrow(weight);
-        d[r] = narrow(_mm512_mul_ps(_mm512_mul_ps(weight, slope), scale));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(b.d_scores.get() + at), d[r]);
+        p[r] = Numbers::narrow(weight);
+        d[r] = Numbers::narrow(_mm512_mul_ps(_mm512_mul_ps(weight, slope), scale));
+        Numbers::write(b.d_scores.get() + at, d[r]);
       }
-      _mm512_store_si512(weights + j, interleave(p[0], p[1]));
-      _mm512_store_si512(d_score_pairs + j, interleave(d[0], d[1]));
+      Numbers::join(weights + j, p);
+      Numbers::join(d_score_units + j, d);
     }
   }
 
-  // Six rows: dQ is finished, probabilities and scores' gradients go to the block's pairs.
+  // Six rows: dQ is finished, probabilities and scores' gradients go to the block's units.
   void six_rows(const BackwardBuffers& b, const Extent& e, const Sample& sample, std::int64_t head, std::int64_t row,
                 std::int64_t row_in_block) const {
-    const std::int64_t size = s.head_size, half = size / 2, seen = e.keys_of(row);
-    multiply_keys(b.query.get() + row * half, b.keys_by_size.get(), half, seen, b.scores.get(), e.width);
-    multiply_keys(b.grad.get() + row * half, b.values_by_size.get(), half, seen, b.d_weights.get(), e.width);
+    const std::int64_t size = s.head_size, units = size / kPerUnit, seen = e.keys_of(row);
+    multiply_keys(b.query.get() + row * units, b.keys_by_size.get(), units, seen, b.scores.get(), e.width);
+    multiply_keys(b.grad.get() + row * units, b.values_by_size.get(), units, seen, b.d_weights.get(), e.width);
     float lse_of[kRows] = {}, deltas[kRows] = {};
     for (std::int64_t i = 0; i < kRows && row + i < e.length; ++i) {
       const std::int64_t token = sample.start + row + i, at = place(token, s.query_heads, head, size);
       lse_of[i] = lse[head * s.tokens + token];
       deltas[i] = delta(out + at, grad + at);
     }
-    for (std::int64_t i = 0; i < kRows; i += 2) {
-      const std::int64_t at = (row_in_block + i) / 2 * e.width;
-      two_rows(b, e, row, i, seen, lse_of, deltas, b.weight_pairs.get() + at, b.d_score_pairs.get() + at);
+    for (std::int64_t i = 0; i < kRows; i += kPerUnit) {
+      const std::int64_t at = (row_in_block + i) / kPerUnit * e.width;
+      unit_of_rows(b, e, row, i, seen, lse_of, deltas, b.weight_units.get() + at, b.d_score_units.get() + at);
     }
-    const Left left{reinterpret_cast<const Pair*>(b.d_scores.get()), e.width / 2, 1};
-    multiply_rows<false>(left, b.keys_by_row.get(), seen / 2, b.d_query.get(), size);
+    const Left left{reinterpret_cast<const Unit*>(b.d_scores.get()), e.width / kPerUnit, 1};
+    multiply_rows<false>(left, b.keys_by_row.get(), seen / kPerUnit, b.d_query.get(), size);
     for (std::int64_t i = 0; i < kRows && row + i < e.length; ++i)
       write_row(b.d_query.get() + i * size, 1.f, size,
                 d_query + place(sample.start + row + i, s.query_heads, head, size));
@@ -218,11 +203,11 @@ struct Backward {
       for (std::int64_t row = start; row < end; row += kRows) six_rows(b, e, sample, head, row, row - start);
       for (std::int64_t k = 0; k < end; k += kRows) {
         const std::int64_t from = k > start ? k - start : 0;  // rows above the diagonal do not see these keys
-        const std::int64_t at = from / 2 * e.width + k, rows_at = (start + from) / 2 * size;
-        const std::int64_t count = (end - start - from) / 2;
-        multiply_rows<true>({b.d_score_pairs.get() + at, 1, e.width}, b.query_by_row.get() + rows_at, count,
+        const std::int64_t at = from / kPerUnit * e.width + k, rows_at = (start + from) / kPerUnit * size;
+        const std::int64_t count = (end - start - from) / kPerUnit;
+        multiply_rows<true>({b.d_score_units.get() + at, 1, e.width}, b.query_by_row.get() + rows_at, count,
                             b.d_keys.get() + k * size, size);
-        multiply_rows<true>({b.weight_pairs.get() + at, 1, e.width}, b.grad_by_row.get() + rows_at, count,
+        multiply_rows<true>({b.weight_units.get() + at, 1, e.width}, b.grad_by_row.get() + rows_at, count,
                             b.d_values.get() + k * size, size);
       }
     }
@@ -248,26 +233,4 @@ struct Backward {
 };
 
 }  // namespace
-
-void attention_forward(const AttentionShape& shape, const Bf16* query, const Bf16* key, const Bf16* value, Bf16* out,
-                       float* lse) {
-  run_tasks(shape.num_samples * shape.key_heads, shape.threads, Forward{shape, query, key, value, out, lse});
-}
-
-void attention_backward(const AttentionShape& shape, const Bf16* grad, const Bf16* query, const Bf16* key,
-                        const Bf16* value, const Bf16* out, const float* lse, Bf16* d_query, Bf16* d_key,
-                        Bf16* d_value) {
-  run_tasks(shape.num_samples * shape.key_heads, shape.threads,
-            Backward{shape, grad, query, key, value, out, lse, d_query, d_key, d_value});
-}
-
-#else
-
-void attention_forward(const AttentionShape&, const Bf16*, const Bf16*, const Bf16*, Bf16*, float*) {}
-
-void attention_backward(const AttentionShape&, const Bf16*, const Bf16*, const Bf16*, const Bf16*, const Bf16*,
-                        const float*, Bf16*, Bf16*, Bf16*) {}
-
-#endif
-
 }  // namespace llamahome

@@ -1,0 +1,149 @@
+// Products of matrices that lie in the caches: 6 rows of A, broadcast unit by unit, times up to 64 columns of B. A unit
+// is `Numbers::kPerUnit` neighbours along the dimension that is summed over; sums are fp32.
+//
+// Include it after bf16_numbers.h or fp32_numbers.h, which say what numbers there are, and for which processors.
+#pragma once
+
+namespace llamahome {
+namespace {
+
+using Element = Numbers::Element;
+using Unit = Numbers::Unit;
+
+constexpr std::int64_t kPerUnit = Numbers::kPerUnit;
+constexpr std::int64_t kRows = 6;   // of a micro-kernel
+constexpr std::int64_t kTile = 64;  // columns of a micro-kernel
+constexpr std::int64_t kLanes = 16;
+
+std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
+
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(std::int64_t size) : data_(static_cast<T*>(::operator new(bytes(size), std::align_val_t(64)))) {
+    std::memset(static_cast<void*>(data_), 0, bytes(size));
+  }
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  static std::size_t bytes(std::int64_t size) { return static_cast<std::size_t>(size) * sizeof(T); }
+  T* data_;
+};
+
+// A unit of A at (row, k) is a[row * row_step + k * step]; B [k][columns] has rows of `stride` units.
+struct Left {
+  const Unit* data;
+  std::int64_t row_step, step;
+};
+
+// c [6, 16 * Vectors] (+)= A [6, count] B [count, 16 * Vectors], `count` in units
+template <int Vectors, bool Add>
+void multiply_tile(const Left& a, const Unit* b, std::int64_t stride, std::int64_t count, float* c,
+                   std::int64_t c_stride) {
+  __m512 sum[kRows][Vectors];
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) sum[i][j] = Add ? _mm512_load_ps(c + i * c_stride + 16 * j) : _mm512_setzero_ps();
+  for (std::int64_t k = 0; k < count; ++k) {
+    Numbers::Units right[Vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) right[j] = Numbers::load(b + k * stride + 16 * j);
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+      const Numbers::Units left = Numbers::broadcast(a.data[i * a.row_step + k * a.step]);
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) sum[i][j] = Numbers::add_product(sum[i][j], left, right[j]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) _mm512_store_ps(c + i * c_stride + 16 * j, sum[i][j]);
+}
+
+template <bool Add>
+void multiply(const Left& a, const Unit* b, std::int64_t stride, std::int64_t count, float* c, std::int64_t c_stride,
+              std::int64_t vectors) {
+  switch (vectors) {
+    case 1:
+      return multiply_tile<1, Add>(a, b, stride, count, c, c_stride);
+    case 2:
+      return multiply_tile<2, Add>(a, b, stride, count, c, c_stride);
+    case 3:
+      return multiply_tile<3, Add>(a, b, stride, count, c, c_stride);
+    default:
+      return multiply_tile<4, Add>(a, b, stride, count, c, c_stride);
+  }
+}
+
+// Six rows times B [count][width], width a multiple of 16.
+template <bool Add>
+void multiply_rows(const Left& a, const Unit* b, std::int64_t count, float* c, std::int64_t width) {
+  for (std::int64_t j = 0; j < width; j += kTile)
+    multiply<Add>(a, b + j, width, count, c + j, width, (width - j < kTile ? width - j : kTile) / kLanes);
+}
+
+// e^x for x <= 0, the last bit or two of it apart: 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2].
+__m512 exponential(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 y = _mm512_set1_ps(1.f / 720);
+  constexpr float kCoefficients[] = {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f};
+  for (const float c : kCoefficients) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(y, n);
+}
+
+// The lanes of the 16 columns from `column` that are below `limit`.
+__mmask16 below(std::int64_t limit, std::int64_t column) {
+  const std::int64_t count = limit - column;
+  return count >= kLanes ? static_cast<__mmask16>(0xFFFF) : static_cast<__mmask16>(count <= 0 ? 0 : (1 << count) - 1);
+}
+
+// `length` rows of `size` numbers each, a multiple of 16, `stride` apart.
+struct Rows {
+  const Element* data;
+  std::int64_t stride, length, size;
+  const Element* row(std::int64_t i) const { return data + i * stride; }
+};
+
+// [padded][size]: rows one after the other, zeros at the end; `to` is zero.
+void pack_rows(const Rows& x, Unit* to) {
+  for (std::int64_t i = 0; i < x.length; ++i)
+    std::memcpy(to + i * (x.size / kPerUnit), x.row(i), static_cast<std::size_t>(x.size) * sizeof(Element));
+}
+
+// B of a product over rows: [row / kPerUnit][size].
+void pack_over_rows(const Rows& x, Unit* to) {
+  for (std::int64_t i = 0; i < x.length; i += kPerUnit)
+    for (std::int64_t j = 0; j < x.size; j += kLanes) {
+      Numbers::Lanes rows[kPerUnit];
+      for (std::int64_t r = 0; r < kPerUnit; ++r)
+        rows[r] = i + r < x.length ? Numbers::read(x.row(i + r) + j) : Numbers::zeros();
+      Numbers::join(to + i / kPerUnit * x.size + j, rows);
+    }
+}
+
+// B of a product over the size: tiles of 64 rows, each [size / kPerUnit][64].
+void pack_over_size(const Rows& x, Unit* to) {
+  const std::int64_t units = x.size / kPerUnit;
+  for (std::int64_t i = 0; i < x.length; ++i) {
+    Unit* column = to + i / kTile * units * kTile + i % kTile;
+    for (std::int64_t j = 0; j < units; ++j) std::memcpy(column + j * kTile, x.row(i) + kPerUnit * j, sizeof(Unit));
+  }
+}
+
+// scores [6, keys] = six rows of `left` times rows packed over their size; keys is a multiple of 16.
+void multiply_keys(const Unit* left, const Unit* packed, std::int64_t units, std::int64_t keys, float* scores,
+                   std::int64_t stride) {
+  for (std::int64_t j = 0; j < keys; j += kTile)
+    multiply<false>({left, units, 1}, packed + j * units, kTile, units, scores + j, stride,
+                    (keys - j < kTile ? keys - j : kTile) / kLanes);
+}
+
+}  // namespace
+}  // namespace llamahome
