@@ -69,7 +69,20 @@ def _seconds(trial: Trial) -> float:
     return min(times[1:])
 
 
+def _keep_little() -> None:
+    """Let the compiler save what the fused operations would: no 16-bit copies of weights, no products of fused chains.
+
+    By default it saves whatever backward reads as it is, and what is read long after it was made. Operators that are
+    none of torch's own cheap ones (products, attention) are still never computed twice.
+    """
+    from torch._functorch import config
+
+    config.ban_recompute_materialized_backward = False
+    config.ban_recompute_used_far_apart = False
+
+
 def _compile(causal: Any, mode: str, trial: Trial) -> str:
+    _keep_little()
     # The first layer would be compiled a second time for an input without gradient.
     causal.enable_input_require_grads()
     for function in lora.TRACED_BY_RUNNING:
