@@ -233,4 +233,21 @@ struct Backward {
 };
 
 }  // namespace
+
+void attention_forward(const AttentionShape& shape, const Element* query, const Element* key, const Element* value,
+                       Element* out, float* lse) {
+  run_tasks(shape.num_samples * shape.key_heads, shape.threads, Forward{shape, query, key, value, out, lse});
+}
+
+void attention_backward(const AttentionShape& shape, const Element* grad, const Element* query, const Element* key,
+                        const Element* value, const Element* out, const float* lse, Element* d_query, Element* d_key,
+                        Element* d_value) {
+  run_tasks(shape.num_samples * shape.key_heads, shape.threads,
+            Backward{shape, grad, query, key, value, out, lse, d_query, d_key, d_value});
+}
+
 }  // namespace llamahome
+
+#if defined(__clang__)
+#pragma clang attribute pop  // pushed by the numbers' header
+#endif

@@ -3,8 +3,8 @@
 Work and memory are proportional to the sum of squared sample lengths: no T x T mask exists, and no token sees
 another sample. Saved for backward: q, k, v, the output and the log-sum-exp (FlashAttention-2, arXiv 2307.08691).
 On a GPU it runs the Triton kernels of `attention_triton.py`, or torch's FlashAttention where that is faster and gives
-the same bits each time; on a CPU the C++ code of `attention_native.py` (bf16 on AVX512-BF16) or ATen's flash kernel,
-sample by sample, or the same Triton kernels under TRITON_INTERPRET=1.
+the same bits each time; on a CPU the C++ code of `attention_native.py` (bf16 on AVX512-BF16, fp32 on AVX-512) or ATen's
+flash kernel, sample by sample, or the same Triton kernels under TRITON_INTERPRET=1.
 
 Shapes: T tokens, Hq query heads, Hk key and value heads (Hq a multiple of Hk), D head size.
 """

@@ -19,7 +19,7 @@ from torch import Tensor
 from llamahome import _C
 
 _NATIVE = {torch.float32: _C.has_avx512(), torch.bfloat16: _C.has_avx512_bf16()}
-_GAIN = 3  # by which one thread is faster here at least; ATen splits a sample over threads as well
+_GAIN = 3  # by which one thread is about faster here (2.2 to 6); ATen splits a sample over threads as well
 
 
 def fits_native(q: Tensor, k: Tensor, cu_seqlens: Tensor, scale: float, window: int) -> bool:

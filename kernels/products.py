@@ -1,9 +1,9 @@
 """Matrix products in fp32 on a CPU by the faster of the two libraries that torch has.
 
 torch multiplies fp32 by MKL, which runs AVX2 code on processors of another maker; oneDNN runs AVX-512 wherever there is
-any. On a core of a Zen 5 that is 116 against 260 GFLOP/s (896 x 576 x 1536), on a Zen 4, whose AVX-512 units are half
-as wide, no loss. Which one is asked depends on the processor alone, never on a measurement: a run that is resumed
-must round as before. In other dtypes and on other devices torch chooses.
+any. On a core of a Zen 5 that is 116 against 260 GFLOP/s (896 x 576 x 1536); on a Zen 4, whose AVX-512 units are half
+as wide, it was not measured. Which one is asked depends on the processor alone, never on a measurement: a run that is
+resumed must round as before. In other dtypes and on other devices torch chooses.
 
 Shapes: a [M, K], b [K, N], c [M, N], of one dtype; any of them may be a transposed view.
 """
