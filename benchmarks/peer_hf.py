@@ -73,6 +73,7 @@ class Stopwatch:
 
 
 def run_llamahome(settings: dict[str, Any]) -> Stopwatch:
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
     from llamahome.training.rundir import RunFolder
     from llamahome.training.setup import assemble
 

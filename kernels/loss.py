@@ -34,6 +34,7 @@ _ROWS = 64  # chunks are filled up to a multiple of it
 _CHUNK_BYTES = 64 << 20  # of fp32 logits; beyond it larger chunks no longer speed the matrix product up
 # Of fp32 logits that go from logits to gradient in a CPU's caches; each step waits for all threads.
 _BLOCK_BYTES = 16 << 20
+_SUM_BYTES = 2 << 20  # of a weight's gradient that is multiplied and added at a time, in a CPU's caches
 _GPU_CHUNK_BYTES = 512 << 20  # of bf16 logits: the weight is read once per chunk, and should cost less than its product
 
 
@@ -150,7 +151,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN205
-        return *_scaled(grad, ctx.saved_tensors, ctx.dtypes), *[None] * 6
+        return *_scaled(grad, ctx.saved_tensors, ctx.dtypes, in_place=True), *[None] * 6
 
 
 def _compiled(
@@ -198,19 +199,25 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN002, ANN202
     grads = [x if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)]
-    return *_scaled(grad, grads, ctx.dtypes), *[None] * 11
+    return *_scaled(grad, grads, ctx.dtypes, in_place=False), *[None] * 11
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _scaled(
-    grad: Tensor, saved: Sequence[Tensor | None], dtypes: tuple[torch.dtype, torch.dtype | None]
+    grad: Tensor, saved: Sequence[Tensor | None], dtypes: tuple[torch.dtype, torch.dtype | None], *, in_place: bool
 ) -> tuple[Tensor | None, ...]:
+    """The gradients by `grad`; `in_place` for the weight's, which would come twice while all activations are alive.
+
+    Autograd then refuses a second backward pass through the same loss.
+    """
     d_hidden, d_weight, d_bias = saved
+    if d_weight is not None:
+        d_weight = (d_weight.mul_(grad) if in_place else d_weight * grad).to(dtypes[0])
     return (
         None if d_hidden is None else d_hidden * grad,
-        None if d_weight is None else (d_weight * grad).to(dtypes[0]),
+        d_weight,
         None if d_bias is None else (d_bias * grad).to(dtypes[1]),
     )
 
@@ -242,7 +249,7 @@ def _chunks(
     loss = torch.zeros((), dtype=_accumulate_dtype(hidden), device=hidden.device)
     d_hidden = torch.empty_like(hidden) if wants.hidden else None
     # fp32 however low the weight's precision: chunks add up thousands of rows.
-    d_weight = torch.zeros_like(weight, dtype=loss.dtype) if wants.weight else None
+    d_weight = torch.empty_like(weight, dtype=loss.dtype) if wants.weight else None
     d_bias = torch.zeros_like(bias, dtype=loss.dtype) if bias is not None and wants.bias else None
     for start in range(0, labels.numel(), rows):
         part = slice(start, start + rows)
@@ -253,11 +260,25 @@ def _chunks(
         if d_hidden is not None:
             d_hidden[part] = multiply(z, w)[:count]
         if d_weight is not None:
-            d_weight += multiply(z.T, h)
+            _add_rows(d_weight, z, h, first=start == 0)
         if d_bias is not None:
             d_bias += z.sum(0, dtype=loss.dtype)
         del z  # before the next one is made
+    if d_weight is not None and not labels.numel():
+        d_weight.zero_()
     return loss if factor is None else loss * factor, d_hidden, d_weight, d_bias
+
+
+def _add_rows(total: Tensor, z: Tensor, h: Tensor, *, first: bool) -> None:
+    """Add z.T @ h to total [V, h], which holds nothing yet at the `first` call; the product never exists whole."""
+    size = h.shape[1] * h.element_size()
+    rows = total.shape[0] if total.device.type != "cpu" else max(64, _SUM_BYTES // size // 64 * 64)
+    for part, columns in zip(torch.split(total, rows), torch.split(z, rows, dim=1), strict=True):
+        product = multiply(columns.T, h)
+        if first:
+            part.copy_(product)
+        else:
+            part.add_(product)
 
 
 def _filled(h: Tensor) -> tuple[Tensor, int]:

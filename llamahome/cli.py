@@ -42,6 +42,8 @@ def cli(debug: bool) -> None:
     # Read by huggingface_hub when it is imported: no tracking, no advertising.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Read by torch at its first tensor: it asks the kernel for huge pages for those from 2 MiB.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     _show_log(logging.DEBUG if debug else logging.INFO)
 
 

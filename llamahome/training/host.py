@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 # Parameters of glibc's mallopt(3).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _KEPT_BYTES, _USUAL_BYTES = 1 << 30, 128 << 10
+_LARGE_BYTES = 32 << 20
 
 
 def set_threads(config: Config, stored: int = 0) -> int:
@@ -36,14 +37,15 @@ def usable_cores() -> int:
 
 
 def keep_freed_memory() -> str:
-    """Let glibc keep what a step frees for the next one; says what was set.
+    """Let glibc keep what a step frees for the next one, but for the largest tensors; says what was set.
 
     By default it gives every tensor of a few MiB back to the kernel at once, and each new one is faulted in page by
-    page: backward of attention over 230 tokens took twice the time. `llamahome.memory.oom.free_memory` still returns
-    all of it where memory is short.
+    page: backward of attention over 230 tokens took twice the time. Tensors from 32 MiB, which are few, do go back: a
+    heap that holds gradients of the embedding between the activations of steps of different sizes grows by a quarter.
+    `llamahome.memory.oom.free_memory` still returns all of it where memory is short.
     """
-    done = _set_malloc({_TRIM_THRESHOLD: _KEPT_BYTES, _MMAP_THRESHOLD: _KEPT_BYTES})
-    return f"glibc, {_KEPT_BYTES >> 20} MiB kept" if done else "the system's"
+    done = _set_malloc({_TRIM_THRESHOLD: _KEPT_BYTES, _MMAP_THRESHOLD: _LARGE_BYTES})
+    return f"glibc, {_KEPT_BYTES >> 20} MiB kept of blocks under {_LARGE_BYTES >> 20} MiB" if done else "the system's"
 
 
 def give_freed_memory_back() -> str:
@@ -70,8 +72,8 @@ def _set_malloc(values: dict[int, int]) -> bool:
 def pages_and_nodes(system: Path = Path("/sys")) -> dict[str, str | int | None]:
     """The kernel's mode of transparent huge pages and the number of NUMA nodes; None where it does not say.
 
-    Neither is changed. With freed memory kept, huge pages saved 3 % of attention's time where they were forced. Memory
-    lies on the node whose thread touches it first; a process on one node (`numactl --cpunodebind`, a cgroup's cpuset)
+    Neither is changed; in mode `madvise` huge pages go to who asks, as the command line makes torch do. Memory lies on
+    the node whose thread touches it first; a process on one node (`numactl --cpunodebind`, a cgroup's cpuset)
     gets the threads of that node from `set_threads`.
     """
     try:

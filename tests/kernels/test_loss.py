@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from llamahome.kernels import linear_cross_entropy, linear_cross_entropy_reference, token_statistics
+from llamahome.kernels import loss as loss_module
 from llamahome.kernels.loss import chunk_rows_for
 
 
@@ -42,6 +43,31 @@ def test_value_and_gradients_equal_the_definition(chunk_rows, options, reduction
         results.append((loss, *torch.autograd.grad(loss * 1.7, (hidden, weight, bias))))
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "exactness"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_the_weights_gradient_is_summed_in_blocks_over_all_chunks(dtype, exactness):
+    hidden, weight, bias, labels = _inputs(rows=70, size=2048, vocabulary=700, dtype=dtype)
+    assert weight.numel() * weight.element_size() > 2 * loss_module._SUM_BYTES
+    grads = []
+    for function, extra in ((linear_cross_entropy, {"chunk_rows": 32}), (linear_cross_entropy_reference, {})):
+        loss = function(hidden / 2048**0.5, weight, labels, bias=bias, **extra)
+        grads.append(torch.autograd.grad(loss, weight)[0])
+    torch.testing.assert_close(*grads, rtol=exactness, atol=exactness)
+
+
+def test_no_row_gives_a_weight_no_gradient():
+    hidden, weight, _, labels = _inputs()
+    linear_cross_entropy(hidden, weight, torch.full_like(labels, -100), reduction="sum").backward()
+    assert weight.grad.count_nonzero() == 0
+
+
+def test_a_second_backward_pass_is_refused():
+    hidden, weight, _, labels = _inputs()
+    loss = linear_cross_entropy(hidden, weight, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
 
 
 def test_a_frozen_weight_gets_no_gradient_and_costs_none():
