@@ -4,10 +4,9 @@
 
 #include <cstdint>
 
-namespace llamahome {
+#include "bf16.h"
 
-// Numbers of bf16 are passed as their bits.
-using Bf16 = std::uint16_t;
+namespace llamahome {
 
 struct AttentionShape {
   const std::int32_t* cu_seqlens;  // boundaries of the samples, num_samples + 1 of them, rising from 0

@@ -1,6 +1,7 @@
 // The Python face: types in, errors out. Arrays are never converted, sizes are checked below, the GIL is released.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -8,6 +9,7 @@
 #include <cstring>
 #include <filesystem>
 #include <mutex>
+#include <optional>
 #include <span>
 
 #include "attention.h"
@@ -15,6 +17,7 @@
 #include "crc32c.h"
 #include "packing.h"
 #include "processor.h"
+#include "products.h"
 #include "sample_order.h"
 #include "token_writer.h"
 
@@ -306,6 +309,44 @@ void bind_attention(nb::module_& m) {
       "The gradients of query, key and value from that of out.");
 }
 
+using Numbers16 = nb::ndarray<const Bf16, nb::ndim<2>, nb::device::cpu>;
+
+// A matrix whose rows, or columns, lie one after the other.
+Matrix matrix_of(const Numbers16& x) {
+  if (x.stride(1) == 1 || x.shape(1) == 1) return {x.data(), x.stride(0), false};
+  if (x.stride(0) == 1 || x.shape(0) == 1) return {x.data(), x.stride(1), true};
+  throw std::invalid_argument("neither the rows nor the columns of a matrix lie one after the other");
+}
+
+void bind_products(nb::module_& m) {
+  m.def(
+      "sum_products",
+      [](const std::vector<Numbers16>& lefts, const std::vector<Numbers16>& rights, const Array<Bf16, 2>& out,
+         const std::optional<Array<const Bf16, 2>>& start, int threads) {
+        std::vector<Product> products;
+        const auto size = [](std::size_t n) { return static_cast<std::int64_t>(n); };
+        if (lefts.size() != rights.size() || out.shape(1) % 16 != 0 ||
+            (start && (start->shape(0) != out.shape(0) || start->shape(1) != out.shape(1))))
+          throw std::invalid_argument("the products, or what they are added to, do not fit the result");
+        for (std::size_t i = 0; i < lefts.size(); ++i) {
+          const Numbers16 &a = lefts[i], &b = rights[i];
+          const Matrix left = matrix_of(a), right = matrix_of(b);
+          if (a.shape(0) != out.shape(0) || b.shape(1) != out.shape(1) || a.shape(1) != b.shape(0))
+            throw std::invalid_argument("matrices of these shapes cannot be multiplied");
+          const auto pairs = [&](const Matrix& x) {
+            return a.shape(1) % 2 == 0 && x.stride % 2 == 0 && reinterpret_cast<std::uintptr_t>(x.data) % 4 == 0;
+          };
+          if ((left.turned ? a.shape(0) % 16 != 0 : !pairs(left)) || (right.turned && !pairs(right)))
+            throw std::invalid_argument("a matrix does not lie in pairs of numbers, or 16 rows");
+          products.push_back({left, right, size(a.shape(1))});
+        }
+        sum_products(products.data(), size(products.size()), start ? start->data() : nullptr, out.data(),
+                     size(out.shape(0)), size(out.shape(1)), threads);
+      },
+      "lefts"_a, "rights"_a, "out"_a.noconvert(), "start"_a.noconvert().none(), "threads"_a, NoGil(),
+      "out = start + the sum of lefts[i] @ rights[i], of bf16's bits; added up in fp32 and rounded once.");
+}
+
 void bind_processor(nb::module_& m) {
   m.def("has_avx512", &has_avx512, "Whether the processor has what attention in fp32 needs: AVX-512 with BW and VL.");
   m.def("has_avx512_bf16", &has_avx512_bf16, "Whether it has what attention in bf16 needs.");
@@ -324,6 +365,7 @@ NB_MODULE(_C, m) {
   bind_order_and_packing(m);
   bind_attention<Bf16>(m);
   bind_attention<float>(m);
+  bind_products(m);
   bind_processor(m);
   m.def(
       "crc32c",

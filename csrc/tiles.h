@@ -20,8 +20,9 @@ std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / t
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(std::int64_t size) : data_(static_cast<T*>(::operator new(bytes(size), std::align_val_t(64)))) {
-    std::memset(static_cast<void*>(data_), 0, bytes(size));
+  explicit Buffer(std::int64_t size, bool zero = true)
+      : data_(static_cast<T*>(::operator new(bytes(size), std::align_val_t(64)))) {
+    if (zero) std::memset(static_cast<void*>(data_), 0, bytes(size));
   }
   ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
   Buffer(const Buffer&) = delete;
@@ -119,21 +120,73 @@ void pack_rows(const Rows& x, Unit* to) {
 
 // B of a product over rows: [row / kPerUnit][size].
 void pack_over_rows(const Rows& x, Unit* to) {
-  for (std::int64_t i = 0; i < x.length; i += kPerUnit)
-    for (std::int64_t j = 0; j < x.size; j += kLanes) {
-      Numbers::Lanes rows[kPerUnit];
-      for (std::int64_t r = 0; r < kPerUnit; ++r)
-        rows[r] = i + r < x.length ? Numbers::read(x.row(i + r) + j) : Numbers::zeros();
-      Numbers::join(to + i / kPerUnit * x.size + j, rows);
+  constexpr std::int64_t kAhead = 32;  // rows; those far apart are not foreseen by the processor
+  for (std::int64_t i = 0; i < x.length; i += kPerUnit, to += x.size) {
+    Numbers::Lanes rows[kPerUnit];
+    for (std::int64_t r = 0; r < kPerUnit && i + kAhead + r < x.length; ++r)
+      for (std::int64_t j = 0; j < x.size; j += 64 / sizeof(Element)) __builtin_prefetch(x.row(i + kAhead + r) + j);
+    if (i + kPerUnit <= x.length) {
+#pragma GCC unroll 4
+      for (std::int64_t j = 0; j < x.size; j += kLanes) {
+        for (std::int64_t r = 0; r < kPerUnit; ++r) rows[r] = Numbers::read(x.row(i + r) + j);
+        Numbers::join(to + j, rows);
+      }
+    } else {
+      for (std::int64_t j = 0; j < x.size; j += kLanes) {
+        for (std::int64_t r = 0; r < kPerUnit; ++r)
+          rows[r] = i + r < x.length ? Numbers::read(x.row(i + r) + j) : Numbers::zeros();
+        Numbers::join(to + j, rows);
+      }
     }
+  }
+}
+
+// 16 rows of 16 units each, `stride` apart, as columns: to[j * kTile + i] = from[i * stride + j].
+void turn_units(const Unit* from, std::int64_t stride, Unit* to) {
+  __m512i x[16], y[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(from + i * stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // quarters of the first and of the last eight rows
+    y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
+    y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xDD);
+    y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+    y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xDD);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const int first = i % 4 + i / 4 * 4;
+    _mm512_store_si512(to + i * kTile, _mm512_shuffle_i32x4(y[first], y[first + 8], 0x88));
+    _mm512_store_si512(to + (i + 8) * kTile, _mm512_shuffle_i32x4(y[first], y[first + 8], 0xDD));
+  }
 }
 
 // B of a product over the size: tiles of 64 rows, each [size / kPerUnit][64].
 void pack_over_size(const Rows& x, Unit* to) {
   const std::int64_t units = x.size / kPerUnit;
+  const std::int64_t whole_rows = x.length / kLanes * kLanes, whole_units = units / kLanes * kLanes;
   for (std::int64_t i = 0; i < x.length; ++i) {
     Unit* column = to + i / kTile * units * kTile + i % kTile;
-    for (std::int64_t j = 0; j < units; ++j) std::memcpy(column + j * kTile, x.row(i) + kPerUnit * j, sizeof(Unit));
+    std::int64_t j = 0;
+    if (i < whole_rows) {
+      if (i % kLanes == 0)
+        for (; j < whole_units; j += kLanes)
+          turn_units(reinterpret_cast<const Unit*>(x.row(i) + kPerUnit * j), x.stride / kPerUnit, column + j * kTile);
+      j = whole_units;
+    }
+    for (; j < units; ++j) std::memcpy(column + j * kTile, x.row(i) + kPerUnit * j, sizeof(Unit));
   }
 }
 

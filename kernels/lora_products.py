@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamahome.kernels.nf4 import Nf4Weight, dequantize
-from llamahome.kernels.products import add_product, add_product_, multiply
+from llamahome.kernels.products import add_product_, multiply, sum_products
 
 
 class LoraWeights(NamedTuple):
@@ -75,20 +75,21 @@ def outputs(y: Tensor, xa: Tensor | None, loras: list[LoraWeights], residual: Te
     that is half of what an adapter's first steps change.
     """
     parts = iter(() if xa is None else torch.split(xa, [lora.rank for lora in loras if lora.a is not None], -1))
-    outs = []
-    for lora in loras:
-        part = None if lora.a is None else next(parts)
-        if part is not None and lora.b is not None:
-            out = add_product_(multiply(part * lora.scaling, lora.b.T), y, dense(lora, y.dtype).T)
-            out = out if lora.bias is None else out + lora.bias
-            outs.append(out if residual is None else residual + out)
-        elif residual is not None and residual.dtype == y.dtype and lora.bias is None:
-            outs.append(add_product(residual, y, dense(lora, y.dtype).T))
-        else:
-            weight = dense(lora, y.dtype)
-            out = multiply(y, weight.T) if lora.bias is None else F.linear(y, weight, lora.bias)
-            outs.append(out if residual is None else residual + out)
-    return outs
+    return [_output(y, None if lora.a is None else next(parts), lora, residual) for lora in loras]
+
+
+def _output(y: Tensor, part: Tensor | None, lora: LoraWeights, residual: Tensor | None) -> Tensor:
+    weight = dense(lora, y.dtype)  # gone when the next projection's is made
+    pairs = [(y, weight.T)]
+    if part is not None and lora.b is not None:
+        pairs.insert(0, (part * lora.scaling, lora.b.T))
+    if lora.bias is None and (residual is None or residual.dtype == y.dtype):
+        return sum_products(pairs, residual)
+    if lora.bias is None:
+        out = sum_products(pairs)
+    else:
+        out = F.linear(y, weight, lora.bias) if len(pairs) == 1 else sum_products(pairs) + lora.bias
+    return out if residual is None else residual + out
 
 
 def project_backward(
@@ -105,13 +106,18 @@ def input_gradient(
     d_outs: list[Tensor], d_xa: Tensor | None, loras: list[LoraWeights], masks: list[Tensor | None]
 ) -> Tensor:
     """The gradient of y [T, K], the small part first as in `outputs`."""
-    total = None if d_xa is None else _through_a(d_xa, loras, masks)
-    for d_out, lora in zip(d_outs, loras, strict=True):
-        weight = dense(lora, d_out.dtype)
-        total = multiply(d_out, weight) if total is None else add_product_(total, d_out, weight)
-        del weight  # before the next one is made
-    assert total is not None
-    return total
+    if any(mask is not None for mask in masks) or any(isinstance(lora.weight, Nf4Weight) for lora in loras):
+        total = None if d_xa is None else _through_a(d_xa, loras, masks)
+        for d_out, lora in zip(d_outs, loras, strict=True):
+            weight = dense(lora, d_out.dtype)
+            total = multiply(d_out, weight) if total is None else add_product_(total, d_out, weight)
+            del weight  # before the next one is made
+        assert total is not None
+        return total
+    pairs = [(d_out, dense(lora, d_out.dtype)) for d_out, lora in zip(d_outs, loras, strict=True)]
+    if d_xa is not None:
+        pairs.insert(0, (d_xa, _stacked([lora for lora in loras if lora.a is not None])))
+    return sum_products(pairs)
 
 
 def _through_a(d_xa: Tensor, loras: list[LoraWeights], masks: list[Tensor | None]) -> Tensor:

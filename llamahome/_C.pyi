@@ -105,6 +105,11 @@ def attention_backward(grad: Annotated[NDArray[numpy.uint16], dict(shape=(None, 
 def attention_backward(grad: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], query: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], key: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], value: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], lse: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], cu_seqlens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], scale: float, threads: int, d_query: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')], d_key: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')], d_value: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')]) -> None:
     """The gradients of query, key and value from that of out."""
 
+def sum_products(lefts: Sequence[Annotated[NDArray[numpy.uint16], dict(shape=(None, None), device='cpu', writable=False)]], rights: Sequence[Annotated[NDArray[numpy.uint16], dict(shape=(None, None), device='cpu', writable=False)]], out: Annotated[NDArray[numpy.uint16], dict(shape=(None, None), order='C', device='cpu')], start: Annotated[NDArray[numpy.uint16], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None, threads: int) -> None:
+    """
+    out = start + the sum of lefts[i] @ rights[i], of bf16's bits; added up in fp32 and rounded once.
+    """
+
 def has_avx512() -> bool:
     """
     Whether the processor has what attention in fp32 needs: AVX-512 with BW and VL.
