@@ -88,23 +88,6 @@ void multiply_rows(const Left& a, const Unit* b, std::int64_t count, float* c, s
     multiply<Add>(a, b + j, width, count, c + j, width, (width - j < kTile ? width - j : kTile) / kLanes);
 }
 
-// e^x for x <= 0, the last bit or two of it apart: 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2].
-__m512 exponential(__m512 x) {
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 y = _mm512_set1_ps(1.f / 720);
-  constexpr float kCoefficients[] = {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f};
-  for (const float c : kCoefficients) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(y, n);
-}
-
-// The lanes of the 16 columns from `column` that are below `limit`.
-__mmask16 below(std::int64_t limit, std::int64_t column) {
-  const std::int64_t count = limit - column;
-  return count >= kLanes ? static_cast<__mmask16>(0xFFFF) : static_cast<__mmask16>(count <= 0 ? 0 : (1 << count) - 1);
-}
-
 // `length` rows of `size` numbers each, a multiple of 16, `stride` apart.
 struct Rows {
   const Element* data;
@@ -188,14 +171,6 @@ void pack_over_size(const Rows& x, Unit* to) {
     }
     for (; j < units; ++j) std::memcpy(column + j * kTile, x.row(i) + kPerUnit * j, sizeof(Unit));
   }
-}
-
-// scores [6, keys] = six rows of `left` times rows packed over their size; keys is a multiple of 16.
-void multiply_keys(const Unit* left, const Unit* packed, std::int64_t units, std::int64_t keys, float* scores,
-                   std::int64_t stride) {
-  for (std::int64_t j = 0; j < keys; j += kTile)
-    multiply<false>({left, units, 1}, packed + j * units, kTile, units, scores + j, stride,
-                    (keys - j < kTile ? keys - j : kTile) / kLanes);
 }
 
 }  // namespace

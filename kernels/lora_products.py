@@ -84,7 +84,8 @@ def _output(y: Tensor, part: Tensor | None, lora: LoraWeights, residual: Tensor 
     if part is not None and lora.b is not None:
         pairs.insert(0, (part * lora.scaling, lora.b.T))
     if lora.bias is None and (residual is None or residual.dtype == y.dtype):
-        return sum_products(pairs, residual)
+        out: Tensor = sum_products(pairs, residual)
+        return out
     if lora.bias is None:
         out = sum_products(pairs)
     else:
@@ -107,7 +108,7 @@ def input_gradient(
 ) -> Tensor:
     """The gradient of y [T, K], the small part first as in `outputs`."""
     if any(mask is not None for mask in masks) or any(isinstance(lora.weight, Nf4Weight) for lora in loras):
-        total = None if d_xa is None else _through_a(d_xa, loras, masks)
+        total: Tensor | None = None if d_xa is None else _through_a(d_xa, loras, masks)
         for d_out, lora in zip(d_outs, loras, strict=True):
             weight = dense(lora, d_out.dtype)
             total = multiply(d_out, weight) if total is None else add_product_(total, d_out, weight)
@@ -117,7 +118,8 @@ def input_gradient(
     pairs = [(d_out, dense(lora, d_out.dtype)) for d_out, lora in zip(d_outs, loras, strict=True)]
     if d_xa is not None:
         pairs.insert(0, (d_xa, _stacked([lora for lora in loras if lora.a is not None])))
-    return sum_products(pairs)
+    gradient: Tensor = sum_products(pairs)
+    return gradient
 
 
 def _through_a(d_xa: Tensor, loras: list[LoraWeights], masks: list[Tensor | None]) -> Tensor:

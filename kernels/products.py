@@ -126,4 +126,4 @@ torch.library.register_fake(
     "llamahome::sum_products",
     lambda start, lefts, rights: lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[1]),
 )
-_sum = torch.ops.llamahome.sum_products.default
+_sum: Any = torch.ops.llamahome.sum_products.default

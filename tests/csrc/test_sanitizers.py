@@ -1,4 +1,4 @@
-"""C++ without Python, under the sanitizers: damaged files by the thousand, many threads, attention of any shape."""
+"""C++ without Python, under the sanitizers: damaged files by the thousand, many threads, matrices of any shape."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def test_threads_do_not_race(tmp_path: Path) -> None:
     subprocess.run([stress, "4", "10"], check=True, env=os.environ | {"TSAN_OPTIONS": "halt_on_error=1"})
 
 
-def test_attention_stays_within_its_tensors(tmp_path: Path) -> None:
-    fuzz = build("fuzz_attention", "address,undefined", tmp_path)
+@pytest.mark.parametrize("program", ["fuzz_attention", "fuzz_products"])
+def test_kernels_stay_within_their_tensors(program: str, tmp_path: Path) -> None:
+    fuzz = build(program, "address,undefined", tmp_path)
     subprocess.run([fuzz, "5"], check=True)
