@@ -15,6 +15,7 @@
 #include "attention.h"
 #include "batch_reader.h"
 #include "crc32c.h"
+#include "cross_entropy.h"
 #include "packing.h"
 #include "processor.h"
 #include "products.h"
@@ -347,6 +348,24 @@ void bind_products(nb::module_& m) {
       "out = start + the sum of lefts[i] @ rights[i], of bf16's bits; added up in fp32 and rounded once.");
 }
 
+void bind_cross_entropy(nb::module_& m) {
+  m.def(
+      "cross_entropy",
+      [](const Array<Bf16, 2>& logits, const Ids& labels, float factor, bool gradient, int threads,
+         const Array<float>& losses) {
+        const auto rows = static_cast<std::int64_t>(logits.shape(0)), size = static_cast<std::int64_t>(logits.shape(1));
+        if (labels.size() != logits.shape(0) || losses.size() != logits.shape(0))
+          throw std::invalid_argument("a label and a place for its loss belong to each row of logits");
+        for (const std::int64_t label : as_span(labels))
+          if (label < 0 || label >= size)
+            throw std::runtime_error("label " + std::to_string(label) + " is no row of the weight, which has " +
+                                     std::to_string(size));
+        cross_entropy(logits.data(), labels.data(), rows, size, factor, gradient, threads, losses.data());
+      },
+      "logits"_a.noconvert(), "labels"_a.noconvert(), "factor"_a, "gradient"_a, "threads"_a, "losses"_a.noconvert(),
+      NoGil(), "The loss of each row of logits, of bf16's bits; their gradient by `factor` replaces them if wanted.");
+}
+
 void bind_processor(nb::module_& m) {
   m.def("has_avx512", &has_avx512, "Whether the processor has what attention in fp32 needs: AVX-512 with BW and VL.");
   m.def("has_avx512_bf16", &has_avx512_bf16, "Whether it has what attention in bf16 needs.");
@@ -366,6 +385,7 @@ NB_MODULE(_C, m) {
   bind_attention<Bf16>(m);
   bind_attention<float>(m);
   bind_products(m);
+  bind_cross_entropy(m);
   bind_processor(m);
   m.def(
       "crc32c",

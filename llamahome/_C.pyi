@@ -110,6 +110,11 @@ def sum_products(lefts: Sequence[Annotated[NDArray[numpy.uint16], dict(shape=(No
     out = start + the sum of lefts[i] @ rights[i], of bf16's bits; added up in fp32 and rounded once.
     """
 
+def cross_entropy(logits: Annotated[NDArray[numpy.uint16], dict(shape=(None, None), order='C', device='cpu')], labels: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], factor: float, gradient: bool, threads: int, losses: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """
+    The loss of each row of logits, of bf16's bits; their gradient by `factor` replaces them if wanted.
+    """
+
 def has_avx512() -> bool:
     """
     Whether the processor has what attention in fp32 needs: AVX-512 with BW and VL.
