@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from llamahome.kernels import loss_native
 from llamahome.kernels.launch import use_triton
+from llamahome.kernels.loss_native import fits_native, native_cross_entropy
 from llamahome.kernels.products import multiply
 
 IGNORE_INDEX = -100
@@ -298,9 +298,9 @@ def _cross_entropy(z: Tensor, labels: Tensor, factor: Tensor | None, form: _Form
 
         losses: Tensor = cross_entropy(z, labels, factor, *form, IGNORE_INDEX, gradient)
         return losses.sum()
-    if form == _PLAIN and loss_native.fits_native(z):
+    if form == _PLAIN and fits_native(z):
         by = 1.0 if factor is None else float(factor)
-        total: Tensor = loss_native.cross_entropy(z, labels, by, gradient=gradient).sum()
+        total: Tensor = native_cross_entropy(z, labels, by, gradient=gradient).sum()
         return total
     rows = max(1, _BLOCK_BYTES // (4 * z.shape[1]))
     blocks = zip(torch.split(z, rows), torch.split(labels, rows), strict=True)

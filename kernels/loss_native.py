@@ -15,7 +15,7 @@ def fits_native(z: Tensor) -> bool:
     return _C.has_avx512_bf16() and z.dtype == torch.bfloat16 and z.device.type == "cpu" and z.is_contiguous()
 
 
-def cross_entropy(z: Tensor, labels: Tensor, factor: float, *, gradient: bool) -> Tensor:
+def native_cross_entropy(z: Tensor, labels: Tensor, factor: float, *, gradient: bool) -> Tensor:
     """The loss of each row of z [rows, V], fp32; `factor` by its gradient replaces z if wanted.
 
     Raises: RuntimeError for a label that is no column of z.
