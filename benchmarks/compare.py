@@ -6,10 +6,12 @@
 
 The last line of stdout is a JSON object with, for each case: `speed_ratio` (real tokens per second, ours by theirs,
 the median over the rounds), `cpu_ratio` (the same by processor time, for machines that others use too), `memory_ratio`
-(peak memory of the process), each side's figures, `mfu` (ours: model operations per second by the measured peak of the
-machine's matrix products), `first_step_seconds`, and `loss_difference`, the largest relative difference of a step's
-loss. `peer_spread` is the same between two runs of the peer, whole and in two micro-batches: what rounding alone does.
-`from_fp32` and `peer_from_fp32` are those of each side in 16 bits from the peer in fp32.
+(peak memory of the process), each side's figures, `mfu` (ours: model operations per second by the best of the
+machine's square matrix products before the first step), `mfu_usual` (by their median after the last one: a processor
+that is busy for minutes is slower than at its best moment), `first_step_seconds`, and `loss_difference`, the largest
+relative difference of a step's loss. `peer_spread` is the same between two runs of the peer, whole and in two
+micro-batches: what rounding alone does. `from_fp32` and `peer_from_fp32` are those of each side in 16 bits from the
+peer in fp32.
 The first steps of each run are left out of the speeds.
 
 Both sides train on the same samples at each step. `--ours` changes settings of our side alone, which the section then
@@ -53,12 +55,15 @@ def measure(side: str, settings: dict[str, Any], warm: int) -> dict[str, Any]:
         raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
     result = json.loads(done.stdout.splitlines()[-1])
     steps = result["steps"][warm:]
+    mfu = median(step.get("mfu") or 0.0 for step in steps)
+    matmul = result["matmul_flops"]
     return {
         "tokens_per_s": median(step["tokens"] / step["seconds"] for step in steps),
         "tokens_per_cpu_s": median(step["tokens"] / step["cpu_seconds"] for step in steps),
         "peak_bytes": result["peak_bytes"],
         "first_step_seconds": result["first_step_seconds"],
-        "mfu": median(step.get("mfu") or 0.0 for step in steps),
+        "mfu": mfu,
+        "mfu_usual": mfu * matmul["best"] / matmul["usual"] if matmul else 0.0,
         "losses": [step["loss"] for step in result["steps"]],
     }
 
@@ -77,7 +82,8 @@ def compare(settings: dict[str, Any], own: dict[str, Any], rounds: int, warm: in
     figures = {
         "speed_ratio": ratio("tokens_per_s"), "cpu_ratio": ratio("tokens_per_cpu_s"),
         "memory_ratio": ratio("peak_bytes"),
-        "loss_difference": max(difference(ours, theirs) for ours, theirs in pairs), "mfu": middle(0, "mfu"),
+        "loss_difference": max(difference(ours, theirs) for ours, theirs in pairs),
+        "mfu": middle(0, "mfu"), "mfu_usual": middle(0, "mfu_usual"),
     }  # fmt: skip
     for key in ("tokens_per_s", "tokens_per_cpu_s", "peak_bytes", "first_step_seconds"):
         figures |= {key: middle(0, key), f"peer_{key}": middle(1, key)}
@@ -98,8 +104,8 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Rows of Markdown for people."""
     lines = [
-        "| | tokens/s, ours / theirs | speed | by CPU time | peak memory | memory | MFU | loss difference | peer's "
-        "| both from fp32 |",
+        "| | tokens/s, ours / theirs | speed | by CPU time | peak memory | memory | MFU by best, usual products "
+        "| loss difference | peer's | both from fp32 |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for case, r in results.items():
@@ -108,7 +114,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         exact = f"{r['from_fp32']:.1e} / {r['peer_from_fp32']:.1e}" if "from_fp32" in r else ""
         lines.append(
             f"| {case} | {r['tokens_per_s']:.0f} / {r['peer_tokens_per_s']:.0f} | {r['speed_ratio']:.2f} | "
-            f"{r['cpu_ratio']:.2f} | {memory} | {r['memory_ratio']:.2f} | {r['mfu']:.2f} | "
+            f"{r['cpu_ratio']:.2f} | {memory} | {r['memory_ratio']:.2f} | {r['mfu']:.2f}, {r['mfu_usual']:.2f} | "
             f"{r['loss_difference']:.1e} | {spread} | {exact} |"
         )
     return "\n".join(lines)

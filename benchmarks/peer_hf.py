@@ -4,7 +4,9 @@
 
 Takes its settings as one JSON object and prints one, as the last line: `steps`, each with real tokens, seconds of wall
 clock and of processor time, the loss and (ours) `mfu`; `peak_bytes`, the most memory that the process has held (VmHWM);
-`first_step_seconds`, from the start of the process to the end of its first step.
+`first_step_seconds`, from the start of the process to the end of its first step; ours also `matmul_flops` per second of
+square products, `best` of those before the first step, which `mfu` is taken by, and `usual`, the median of those
+made for two seconds after the last step.
 Both sides train on the same token ids in the same order, from the same first adapter.
 """
 
@@ -15,6 +17,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,6 +63,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self.first_step_seconds = 0.0
+        self.matmul_flops: dict[str, float] = {}
         self.restart()
 
     def restart(self) -> None:
@@ -85,7 +89,19 @@ def run_llamahome(settings: dict[str, Any]) -> Stopwatch:
             watch.lap()
             watch.steps[-1] |= {key: record[key] for key in ("tokens", "loss", "mfu")}
             watch.restart()
+        usual = usual_matmul_flops(settings["precision"])
+        watch.matmul_flops = {"best": parts.loop.metrics.tracker.peak_flops or usual, "usual": usual}
     return watch
+
+
+def usual_matmul_flops(precision: str, seconds: float = 2.0) -> float:
+    """The median of what square products reach, where `measure_matmul_peak` takes the best."""
+    from llamahome.monitor.tracker import measure_matmul_peak
+
+    end, rates = time.perf_counter() + seconds, []
+    while time.perf_counter() < end:
+        rates.append(measure_matmul_peak(precision, seconds=0.0))
+    return median(rates)
 
 
 def run_hf(settings: dict[str, Any]) -> Stopwatch:
@@ -159,7 +175,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     watch = {"hf": run_hf, "llamahome": run_llamahome}[settings["side"]](settings)
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    result = {"steps": watch.steps, "peak_bytes": int(peak.split()[1]) * 1024}
+    result = {"steps": watch.steps, "peak_bytes": int(peak.split()[1]) * 1024, "matmul_flops": watch.matmul_flops}
     print(json.dumps(result | {"first_step_seconds": watch.first_step_seconds}))
 
 

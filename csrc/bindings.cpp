@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <span>
+#include <tuple>
 
 #include "attention.h"
 #include "batch_reader.h"
@@ -310,42 +312,37 @@ void bind_attention(nb::module_& m) {
       "The gradients of query, key and value from that of out.");
 }
 
-using Numbers16 = nb::ndarray<const Bf16, nb::ndim<2>, nb::device::cpu>;
+using MatrixAt = std::tuple<std::uintptr_t, std::int64_t, bool>;  // address, stride, turned
 
-// A matrix whose rows, or columns, lie one after the other.
-Matrix matrix_of(const Numbers16& x) {
-  if (x.stride(1) == 1 || x.shape(1) == 1) return {x.data(), x.stride(0), false};
-  if (x.stride(0) == 1 || x.shape(0) == 1) return {x.data(), x.stride(1), true};
-  throw std::invalid_argument("neither the rows nor the columns of a matrix lie one after the other");
+Matrix matrix_of(const MatrixAt& at, std::int64_t size, bool in_pairs) {
+  const auto [address, stride, turned] = at;
+  if (in_pairs && (size % 2 != 0 || stride % 2 != 0 || address % 4 != 0))
+    throw std::invalid_argument("a matrix that is read in pairs of numbers does not lie in pairs");
+  return {reinterpret_cast<const Bf16*>(address), stride, turned};
 }
 
+// By addresses: numpy's view of a tensor would keep the tensor from being resized ever after, as FSDP2 does.
 void bind_products(nb::module_& m) {
   m.def(
       "sum_products",
-      [](const std::vector<Numbers16>& lefts, const std::vector<Numbers16>& rights, const Array<Bf16, 2>& out,
-         const std::optional<Array<const Bf16, 2>>& start, int threads) {
-        std::vector<Product> products;
-        const auto size = [](std::size_t n) { return static_cast<std::int64_t>(n); };
-        if (lefts.size() != rights.size() || out.shape(1) % 16 != 0 ||
-            (start && (start->shape(0) != out.shape(0) || start->shape(1) != out.shape(1))))
-          throw std::invalid_argument("the products, or what they are added to, do not fit the result");
-        for (std::size_t i = 0; i < lefts.size(); ++i) {
-          const Numbers16 &a = lefts[i], &b = rights[i];
-          const Matrix left = matrix_of(a), right = matrix_of(b);
-          if (a.shape(0) != out.shape(0) || b.shape(1) != out.shape(1) || a.shape(1) != b.shape(0))
-            throw std::invalid_argument("matrices of these shapes cannot be multiplied");
-          const auto pairs = [&](const Matrix& x) {
-            return a.shape(1) % 2 == 0 && x.stride % 2 == 0 && reinterpret_cast<std::uintptr_t>(x.data) % 4 == 0;
-          };
-          if ((left.turned ? a.shape(0) % 16 != 0 : !pairs(left)) || (right.turned && !pairs(right)))
-            throw std::invalid_argument("a matrix does not lie in pairs of numbers, or 16 rows");
-          products.push_back({left, right, size(a.shape(1))});
+      [](const std::vector<std::tuple<MatrixAt, MatrixAt, std::int64_t>>& products, std::optional<std::uintptr_t> start,
+         std::uintptr_t out, std::int64_t rows, std::int64_t columns, int threads) {
+        std::vector<Product> checked;
+        if (columns % 16 != 0) throw std::invalid_argument("the columns of the result are no multiple of 16");
+        for (const auto& [left, right, size] : products) {
+          const bool by_columns = std::get<2>(left);
+          if (by_columns && rows % 16 != 0)
+            throw std::invalid_argument("the rows of a transposed left matrix are no multiple of 16");
+          checked.push_back({matrix_of(left, size, !by_columns), matrix_of(right, size, std::get<2>(right)), size});
         }
-        sum_products(products.data(), size(products.size()), start ? start->data() : nullptr, out.data(),
-                     size(out.shape(0)), size(out.shape(1)), threads);
+        sum_products(checked.data(), static_cast<std::int64_t>(checked.size()),
+                     reinterpret_cast<const Bf16*>(start.value_or(0)), reinterpret_cast<Bf16*>(out), rows, columns,
+                     threads);
       },
-      "lefts"_a, "rights"_a, "out"_a.noconvert(), "start"_a.noconvert().none(), "threads"_a, NoGil(),
-      "out = start + the sum of lefts[i] @ rights[i], of bf16's bits; added up in fp32 and rounded once.");
+      "products"_a, "start"_a.none(), "out"_a, "rows"_a, "columns"_a, "threads"_a, NoGil(),
+      "out [rows, columns] = start + the sum of left [rows, size] @ right [size, columns] over (left, right, size), "
+      "added up in fp32 and rounded once. A matrix of bf16's bits is (address, stride, turned), start and out are "
+      "addresses of whole rows; whoever calls answers for them.");
 }
 
 void bind_cross_entropy(nb::module_& m) {

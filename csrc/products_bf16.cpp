@@ -17,6 +17,7 @@ namespace {
 constexpr std::int64_t kTaskRows = 480;  // for which a task packs its columns of B once
 constexpr std::int64_t kLeastRows = 48;
 constexpr std::int64_t kDepth = 1024;  // units of B packed at a time: 256 KiB, in the second cache
+constexpr std::int64_t kLong = 8 * kDepth;
 constexpr std::int64_t kSums = kRows * kTile;
 
 // Not the library's: the linker might take what is compiled here for the whole program.
@@ -54,17 +55,6 @@ class Rearranged {
   std::int64_t first_tail_;
   Left all_{};
   std::unique_ptr<Buffer<Unit>> packed_;
-};
-
-// One thread's: columns of B, and the sums of all its rows where they go through them more than once.
-struct Workspace {
-  Workspace(std::int64_t units, std::int64_t rows)
-      : kept(units > kDepth ? kSums : 0),
-        packed(smaller(units, kDepth) * kTile, false),
-        sums(kept ? round_up(rows, kRows) * kTile : kSums, false) {}
-  std::int64_t kept;
-  Buffer<Unit> packed;
-  Buffer<float> sums;
 };
 
 struct Sum {
@@ -110,20 +100,22 @@ struct Sum {
         Numbers::write(out + (row + i) * columns + column + j, Numbers::narrow(_mm512_load_ps(sums + i * kTile + j)));
   }
 
-  // Rows [first_row, last_row) of up to 64 columns.
-  void panel(std::int64_t first_row, std::int64_t last_row, std::int64_t column, const Workspace& space) const {
+  // Rows [first_row, last_row) of up to 64 columns: units [from, until) of the sum, which is kept in `sums`, tile after
+  // tile, where it takes more than one turn.
+  void panel(std::int64_t first_row, std::int64_t last_row, std::int64_t column, std::int64_t from, std::int64_t until,
+             Unit* packed, float* sums) const {
     const std::int64_t width = smaller(columns - column, kTile);
-    for (std::int64_t from = 0; from < units; from += kDepth) {
-      const std::int64_t to = smaller(from + kDepth, units);
+    for (; from < until; from += kDepth) {
+      const std::int64_t to = smaller(from + kDepth, until);
       parts(from, to, [&](std::size_t i, std::int64_t first, std::int64_t count, std::int64_t place) {
-        pack(products[i], column, width, first, count, space.packed.get() + place * kTile);
+        pack(products[i], column, width, first, count, packed + place * kTile);
       });
       for (std::int64_t row = first_row; row < last_row; row += kRows) {
-        float* tile = space.sums.get() + (row - first_row) / kRows * space.kept;
+        float* tile = units > kDepth ? sums + (row - first_row) / kRows * kSums : sums;
         const std::int64_t count = smaller(kRows, last_row - row);
         if (from == 0 && start) begin_tile(row, count, column, width, tile);
         parts(from, to, [&](std::size_t i, std::int64_t first, std::int64_t number, std::int64_t place) {
-          const Unit* right = space.packed.get() + place * kTile;
+          const Unit* right = packed + place * kTile;
           const std::int64_t stride = products[i].right.turned ? kTile : width;
           const Left left = lefts[i].at(row, first);
           if (start || from + place > 0)
@@ -158,14 +150,24 @@ void sum_products(const Product* products, std::int64_t count, const Bf16* start
   const Sum sum{products, lefts, start, out, columns, units};
   const std::int64_t panels = round_up(columns, kTile) / kTile;
   const std::int64_t step = rows_of_task(rows, panels, threads), blocks = round_up(rows, step) / step;
-  std::int64_t next = 0;
-  run_tasks(threads, threads, [&](std::int64_t) {
-    const Workspace space(units, step);
-    for (std::int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < panels * blocks;) {
-      const std::int64_t row = task % blocks * step;
-      sum.panel(row, smaller(rows, row + step), task / blocks * kTile, space);
-    }
-  });
+  const std::int64_t tasks = panels * blocks;
+  // Of a long sum all panels take a turn before the next: else A comes from main memory once for each panel.
+  const bool in_turns = units > kLong;
+  const std::int64_t space = units > kDepth ? step * kTile : kSums;
+  const Buffer<float> all_sums(in_turns ? tasks * space : 0, false);
+  for (std::int64_t from = 0; from < units; from += in_turns ? kDepth : units) {
+    const std::int64_t until = in_turns ? smaller(from + kDepth, units) : units;
+    std::int64_t next = 0;
+    run_tasks(threads, threads, [&](std::int64_t) {
+      const Buffer<Unit> packed(smaller(until - from, kDepth) * kTile, false);
+      const Buffer<float> sums(in_turns ? 0 : space, false);
+      for (std::int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) {
+        const std::int64_t row = task % blocks * step;
+        sum.panel(row, smaller(rows, row + step), task / blocks * kTile, from, until, packed.get(),
+                  in_turns ? all_sums.get() + task * space : sums.get());
+      }
+    });
+  }
 }
 
 }  // namespace llamahome

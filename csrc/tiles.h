@@ -44,12 +44,17 @@ struct Left {
 template <int Vectors, bool Add>
 void multiply_tile(const Left& a, const Unit* b, std::int64_t stride, std::int64_t count, float* c,
                    std::int64_t c_stride) {
-  __m512 sum[kRows][Vectors];
+  // Two sums of every other unit where one alone would wait for each addition to end.
+  constexpr int kChains = Vectors == 1 ? 2 : 1;
+  __m512 sum[kChains][kRows][Vectors];
+#pragma GCC unroll 2
+  for (int chain = 0; chain < kChains; ++chain)
 #pragma GCC unroll 6
-  for (int i = 0; i < kRows; ++i)
+    for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) sum[i][j] = Add ? _mm512_load_ps(c + i * c_stride + 16 * j) : _mm512_setzero_ps();
-  for (std::int64_t k = 0; k < count; ++k) {
+      for (int j = 0; j < Vectors; ++j)
+        sum[chain][i][j] = Add && chain == 0 ? _mm512_load_ps(c + i * c_stride + 16 * j) : _mm512_setzero_ps();
+  const auto step = [&](std::int64_t k, int chain) {
     Numbers::Units right[Vectors];
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) right[j] = Numbers::load(b + k * stride + 16 * j);
@@ -57,13 +62,21 @@ void multiply_tile(const Left& a, const Unit* b, std::int64_t stride, std::int64
     for (int i = 0; i < kRows; ++i) {
       const Numbers::Units left = Numbers::broadcast(a.data[i * a.row_step + k * a.step]);
 #pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) sum[i][j] = Numbers::add_product(sum[i][j], left, right[j]);
+      for (int j = 0; j < Vectors; ++j) sum[chain][i][j] = Numbers::add_product(sum[chain][i][j], left, right[j]);
     }
-  }
+  };
+  std::int64_t k = 0;
+  for (; k + kChains <= count; k += kChains)
+#pragma GCC unroll 2
+    for (int chain = 0; chain < kChains; ++chain) step(k + chain, chain);
+  if (k < count) step(k, 0);
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) _mm512_store_ps(c + i * c_stride + 16 * j, sum[i][j]);
+    for (int j = 0; j < Vectors; ++j) {
+      if constexpr (kChains == 2) sum[0][i][j] = _mm512_add_ps(sum[0][i][j], sum[1][i][j]);
+      _mm512_store_ps(c + i * c_stride + 16 * j, sum[0][i][j]);
+    }
 }
 
 template <bool Add>

@@ -19,9 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from llamahome import _C
@@ -104,19 +102,22 @@ def _fits(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> bool:
 
 
 def _lies_in_pairs(x: Tensor) -> bool:
-    return x.stride(1) == 1 and not (x.shape[1] % 2 or x.stride(0) % 2 or x.storage_offset() % 2)
+    return x.stride(1) == 1 and not (x.shape[1] % 2 or x.stride(0) % 2 or x.data_ptr() % 4)
 
 
 def _sum_native(start: Tensor | None, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
-    out = lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[1])
-    before = None if start is None else _bits(start.contiguous())
-    _C.sum_products([*map(_bits, lefts)], [*map(_bits, rights)], _bits(out), before, torch.get_num_threads())
+    rows, columns = lefts[0].shape[0], rights[0].shape[1]
+    out = lefts[0].new_empty(rows, columns)
+    before = None if start is None else start.contiguous()
+    pairs = [(_place(a), _place(b), a.shape[1]) for a, b in zip(lefts, rights, strict=True)]
+    address = None if before is None else before.data_ptr()
+    _C.sum_products(pairs, address, out.data_ptr(), rows, columns, torch.get_num_threads())
     return out
 
 
-def _bits(x: Tensor) -> NDArray[np.uint16]:
-    bits: NDArray[np.uint16] = x.detach().view(torch.uint16).numpy()
-    return bits
+def _place(x: Tensor) -> tuple[int, int, bool]:
+    turned = x.stride(1) != 1
+    return x.data_ptr(), x.stride(1 if turned else 0), turned
 
 
 # An operator of our own: where torch.compile lowers oneDNN's itself, it copies transposed weights first.

@@ -63,7 +63,7 @@ double run(Random& random) {
   std::vector<Product> products;
   for (std::int64_t i = below(random, 3) + 1; i > 0; --i) {
     const bool left = by_columns && below(random, 2), right = below(random, 2);
-    std::int64_t size = below(random, 20) ? below(random, 200) + 1 : 2000 + below(random, 2500);
+    std::int64_t size = below(random, 20) ? below(random, 200) + 1 : 2000 + below(random, 20000);
     if (!left || right) size += size % 2;
     products.push_back({draw(random, memory, rows, size, left), draw(random, memory, size, columns, right), size});
   }

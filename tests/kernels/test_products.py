@@ -14,7 +14,8 @@ from llamahome.kernels.products import add_product_, multiply, sum_products
 
 # M, K, N; some below and some above the size from which a library of ours is asked
 SIZES = [(1, 3, 2), (7, 16, 5), (130, 257, 64), (16, 300, 576), (576, 300, 16), (300, 576, 192), (0, 8, 4)]
-SIZES_16 = [*SIZES, (16, 1501, 112), (48, 5000, 80), (61, 576, 1552), (957, 1536, 16), (1536, 957, 48)]
+SIZES_16 = [*SIZES, (16, 1501, 112), (48, 5000, 80), (100, 20003, 80), (48, 20004, 80), (61, 576, 1552)]
+SIZES_16 += [(957, 1536, 16), (1536, 957, 48)]
 LAYOUTS = [(False, False), (False, True), (True, False), (True, True)]
 EXACTNESS = {torch.float32: {"rtol": 1e-5, "atol": 3e-4}, torch.bfloat16: {"rtol": 0.01, "atol": 0.2}}
 
@@ -119,20 +120,26 @@ def test_views_with_gaps_are_read_where_they_lie(monkeypatch):
 
 
 @needs_native
-def test_the_kernel_refuses_what_does_not_fit():
-    def bits(*shape):
-        return torch.zeros(shape, dtype=torch.bfloat16).view(torch.uint16).numpy()
-
-    out = bits(48, 32)
-    for lefts, rights, start in (
-        ([bits(48, 16)], [bits(18, 32)], None),
-        ([bits(48, 15)], [bits(15, 32)], None),
-        ([bits(48, 16), bits(48, 16)], [bits(16, 32)], None),
-        ([bits(48, 16)], [bits(16, 32)], bits(47, 32)),
-        ([bits(48, 32)[:, ::2]], [bits(16, 32)], None),
+def test_the_kernel_refuses_what_it_cannot_read():
+    memory = torch.zeros(64 * 64, dtype=torch.bfloat16)
+    at = memory.data_ptr()
+    for left, right, size, rows, columns, message in (
+        ((at, 16, False), (at, 32, False), 16, 48, 30, "columns"),
+        ((at, 47, True), (at, 32, False), 16, 47, 32, "rows"),
+        ((at, 16, False), (at, 32, False), 15, 48, 32, "pairs"),
+        ((at, 17, False), (at, 32, False), 16, 48, 32, "pairs"),
+        ((at + 2, 16, False), (at, 32, False), 16, 48, 32, "pairs"),
+        ((at, 16, False), (at + 2, 16, True), 16, 48, 32, "pairs"),
     ):
-        with pytest.raises(ValueError, match=r"do not fit|cannot be multiplied|pairs|one after"):
-            _C.sum_products(lefts, rights, out, start, 1)
+        with pytest.raises(ValueError, match=message):
+            _C.sum_products([(left, right, size)], None, at, rows, columns, 1)
+
+
+@needs_native
+def test_a_tensor_that_was_read_can_still_be_resized():
+    x, weight = _matrix(300, 576, dtype=torch.bfloat16), _matrix(576, 192, dtype=torch.bfloat16)
+    multiply(x, weight)
+    weight.untyped_storage().resize_(0)  # FSDP2 does, with each layer's gathered weights
 
 
 def test_turned_rows_with_gaps_take_the_quick_way():
