@@ -7,19 +7,13 @@
 // attention's: scores and sums in fp32, probabilities and their gradient in the numbers' precision for the products.
 #pragma once
 
-#include "exponential.h"
+#include "lanes.h"
 #include "tiles.h"
 
 namespace llamahome {
 namespace {
 
 constexpr std::int64_t kBlock = 48;  // rows whose outer products go to dK and dV at once
-
-// The lanes of the 16 columns from `column` that are below `limit`.
-__mmask16 below(std::int64_t limit, std::int64_t column) {
-  const std::int64_t count = limit - column;
-  return count >= kLanes ? static_cast<__mmask16>(0xFFFF) : static_cast<__mmask16>(count <= 0 ? 0 : (1 << count) - 1);
-}
 
 // scores [6, keys] = six rows of `left` times rows packed over their size; keys is a multiple of 16.
 void multiply_keys(const Unit* left, const Unit* packed, std::int64_t units, std::int64_t keys, float* scores,

@@ -8,12 +8,10 @@
 
 #ifdef LLAMAHOME_AVX512
 
-#include "exponential.h"
+#include "lanes.h"
 
 namespace llamahome {
 namespace {
-
-constexpr std::int64_t kLanes = 16;
 
 class Row {
  public:
@@ -45,7 +43,7 @@ class Row {
   template <typename F>
   void each(const F& f) const {
     for (std::int64_t i = 0; i < size_; i += kLanes) {
-      const __mmask16 there = static_cast<__mmask16>(size_ - i < kLanes ? (1u << (size_ - i)) - 1 : 0xFFFFu);
+      const __mmask16 there = below(size_, i);
       const __m256i bits = there == 0xFFFF ? Numbers::read(logits_ + i) : _mm256_maskz_loadu_epi16(there, logits_ + i);
       f(i, there, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
     }

@@ -4,6 +4,8 @@
 // Include it after bf16_numbers.h or fp32_numbers.h, which say what numbers there are, and for which processors.
 #pragma once
 
+#include "lanes.h"
+
 namespace llamahome {
 namespace {
 
@@ -13,7 +15,6 @@ using Unit = Numbers::Unit;
 constexpr std::int64_t kPerUnit = Numbers::kPerUnit;
 constexpr std::int64_t kRows = 6;   // of a micro-kernel
 constexpr std::int64_t kTile = 64;  // columns of a micro-kernel
-constexpr std::int64_t kLanes = 16;
 
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 

@@ -83,13 +83,10 @@ def _output(y: Tensor, part: Tensor | None, lora: LoraWeights, residual: Tensor 
     pairs = [(y, weight.T)]
     if part is not None and lora.b is not None:
         pairs.insert(0, (part * lora.scaling, lora.b.T))
-    if lora.bias is None and (residual is None or residual.dtype == y.dtype):
+    if lora.bias is None:
         out: Tensor = sum_products(pairs, residual)
         return out
-    if lora.bias is None:
-        out = sum_products(pairs)
-    else:
-        out = F.linear(y, weight, lora.bias) if len(pairs) == 1 else sum_products(pairs) + lora.bias
+    out = F.linear(y, weight, lora.bias) if len(pairs) == 1 else sum_products(pairs) + lora.bias
     return out if residual is None else residual + out
 
 

@@ -54,15 +54,19 @@ def sum_products(pairs: Sequence[tuple[Tensor, Tensor]], residual: Tensor | None
     products first, so that they are not lost on its grid.
     """
     lefts, rights = [a for a, _ in pairs], [b for _, b in pairs]
-    if all(map(_chosen, lefts, rights)):
-        total: Tensor = _sum(residual, lefts, rights)
-        return total
-    if residual is not None and len(pairs) == 1:
-        return torch.addmm(residual, *pairs[0])
+    if residual is not None and residual.dtype != lefts[0].dtype:
+        return residual + sum_products(pairs)
+    total: Tensor = (_sum if all(map(_chosen, lefts, rights)) else _sum_torch)(residual, lefts, rights)
+    return total
+
+
+def _sum_torch(start: Tensor | None, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
+    if start is not None and len(lefts) == 1:
+        return torch.addmm(start, lefts[0], rights[0])
     total = lefts[0] @ rights[0]
-    for a, b in pairs[1:]:
+    for a, b in zip(lefts[1:], rights[1:], strict=True):
         total.addmm_(a, b)
-    return total if residual is None else residual + total
+    return total if start is None else start + total
 
 
 def _chosen(a: Tensor, b: Tensor) -> bool:
@@ -75,12 +79,11 @@ _linear: Any = torch.ops.mkldnn._linear_pointwise
 
 
 def _sum_cpu(start: Tensor | None, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
-    native = lefts[0].dtype == torch.bfloat16
-    if native and _fits(lefts, rights):
-        return _sum_native(start, lefts, rights)
+    if lefts[0].dtype == torch.bfloat16:
+        return (_sum_native if _fits(lefts, rights) else _sum_torch)(start, lefts, rights)
     total = start
     for a, b in zip(lefts, rights, strict=True):
-        if native or a.shape[0] * b.numel() < _SMALL:
+        if a.shape[0] * b.numel() < _SMALL:
             total = a @ b if total is None else torch.addmm(total, a, b)
         elif total is None:
             total = _linear.default(a, b.t(), None, "none", [], "")

@@ -91,6 +91,16 @@ def test_our_own_kernel_rounds_a_sum_once(monkeypatch):
 
 
 @needs_native
+def test_too_few_rows_for_it_still_take_small_products_first(monkeypatch):
+    calls = _native_calls(monkeypatch)
+    x, weight, residual = (_matrix(*shape, dtype=torch.bfloat16) for shape in ((20, 576), (192, 576), (20, 192)))
+    xa, b = _matrix(20, 16, dtype=torch.bfloat16), _matrix(192, 16, dtype=torch.bfloat16) * 2e-4
+    expected = residual + torch.addmm(xa @ b.T, x, weight.T)
+    assert torch.equal(sum_products([(xa, b.T), (x, weight.T)], residual), expected)
+    assert not calls
+
+
+@needs_native
 def test_its_bits_depend_on_neither_threads_nor_other_rows(monkeypatch):
     calls = _native_calls(monkeypatch)
     a, b, c = (_matrix(*x, dtype=torch.bfloat16) for x in ((1003, 3000), (3000, 208), (1003, 208)))
